@@ -106,7 +106,7 @@ def read_card(path: Path, package: str = "unmask") -> Card:
     for key in ("slug", "title"):
         if not values.get(key):
             raise UserError(f"{path}: a card needs {key!r}")
-    lists = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     room = lists.pop("room", "") or path.parent.parent.name
     return Card(folder=str(path.parent), room=room, package=package, **lists)
 

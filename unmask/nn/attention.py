@@ -90,9 +90,10 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each ``[B, heads, L, d]``."""
-        weight, bias = self.qkv.weight, self.qkv.bias
-        if self.q_bias is not None:
-            bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))  # type: ignore[list-item]
+        weight: Tensor = self.qkv.weight
+        bias: Tensor | None = self.qkv.bias
+        if self.q_bias is not None and self.v_bias is not None:
+            bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         if context is None:
             query, key, value = self._heads(F.linear(x, weight, bias), 3)
         else:

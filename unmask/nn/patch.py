@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 def patchify(x: Tensor, patch: Sequence[int], *, channels_first: bool = False) -> Tensor:
@@ -58,7 +59,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, in_channels: int, embed_dim: int, patch_size: Sequence[int], bias: bool = True):
         super().__init__()
         self.patch_size = tuple(patch_size)
-        self.proj = _CONV[len(self.patch_size)](in_channels, embed_dim, self.patch_size, self.patch_size, bias=bias)  # type: ignore[operator]
+        self.proj = _CONV[len(self.patch_size)](in_channels, embed_dim, self.patch_size, self.patch_size, bias=bias)
 
     def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
         """``[B, C, *S]`` -> ``[B, N or V, embed_dim]``."""
