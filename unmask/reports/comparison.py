@@ -1,0 +1,318 @@
+"""Several runs side by side, and the table of the runs under a folder."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from unmask.errors import UserError
+from unmask.reports import charts, wording
+from unmask.reports.findings import Probe, best_probe, probe_rows
+from unmask.reports.pages import render, write_page
+from unmask.reports.report import Shown, loss_line, shown_previews
+from unmask.reports.runs import Run, Stage, find_runs, read_run
+
+SUPERVISED = "classifier"
+
+
+@dataclass
+class Arm:
+    """One run of a comparison."""
+
+    run: Run
+    label: str
+    color: str
+    probe: Probe | None = None
+
+    @property
+    def stage(self) -> Stage:
+        return self.run.last
+
+    @property
+    def supervised(self) -> bool:
+        return self.run.system == SUPERVISED
+
+    @property
+    def seconds(self) -> float | None:
+        return self.run.seconds
+
+    @property
+    def loss(self) -> float | None:
+        final = self.stage.final_loss()
+        return final[0] if final else None
+
+    @property
+    def reference(self) -> tuple[str, float] | None:
+        """The best trivial predictor and its loss."""
+        return next(iter(self.stage.last_references().items()), None)
+
+    @property
+    def below(self) -> float | None:
+        """How far the loss lies below the best trivial predictor, as a share of it."""
+        return (
+            (self.reference[1] - self.loss) / self.reference[1]
+            if self.loss is not None and self.reference and self.reference[1] > 0
+            else None
+        )
+
+    @property
+    def rate(self) -> float | None:
+        rates = sorted(v for _, v in self.stage.curve("images_per_second"))
+        return rates[len(rates) // 2] if rates else None
+
+
+@dataclass
+class ArmPage:
+    """What the page shows of one arm: its curve and its last pictures."""
+
+    arm: Arm
+    chart: Markup | None
+    legend: list[tuple[str, str, str, str]]
+    previews: list[tuple[str, list[Shown]]]
+
+
+def compare(runs: Sequence[Path | str], out: Path | str) -> Path:
+    """Write one page that sets runs side by side, ranked by their probe, and return where it is.
+
+    out: the file, or a folder that gets ``comparison.html``. Raises ``UserError`` for fewer than two runs, or a folder
+    that is no run.
+    """
+    if len(runs) < 2:
+        raise UserError(f"a comparison needs two runs or more, got {len(runs)}: unmask report RUN RUN ...")
+    target = Path(out)
+    if target.is_dir() or not target.suffix:
+        target = target / "comparison.html"
+    arms = ranked(arms_of([read_run(r) for r in runs]))
+    return write_page(target, render("comparison.html", **_values(arms)))
+
+
+def arms_of(runs: list[Run]) -> list[Arm]:
+    """The runs with short labels that tell them apart: the system where that is enough, else the folder's name."""
+    systems = Counter(r.system for r in runs)
+    labels = [r.system if r.system and systems[r.system] == 1 else r.name for r in runs]
+    seen: Counter[str] = Counter()
+    arms = []
+    for i, (run, label) in enumerate(zip(runs, labels, strict=True)):
+        seen[label] += 1
+        if seen[label] > 1:
+            label = f"{label} ({seen[label]})"
+        if run.system == SUPERVISED and label == SUPERVISED:
+            label = "supervised"
+        arms.append(Arm(run, label, charts.COLORS[i % len(charts.COLORS)]))
+    return arms
+
+
+def ranked(arms: list[Arm]) -> list[Arm]:
+    """The arms with the probe that most of them share, best first; those without it at the end."""
+    counts = Counter(e["probe"] for arm in arms for e in arm.run.evaluations if probe_rows(e))
+    order = [*(p for p in wording.PROBES if p != "finetune"), "finetune"]
+    shared = min(counts, key=lambda p: (-counts[p], order.index(p) if p in order else len(order)), default=None)
+    for arm in arms:
+        arm.probe = best_probe(arm.run, shared) if shared else best_probe(arm.run)
+    keys = Counter(a.probe.key for a in arms if a.probe)
+    if keys:
+        key = keys.most_common(1)[0][0]
+        for arm in arms:
+            arm.probe = arm.probe if arm.probe and arm.probe.key == key else None
+    return sorted(arms, key=lambda a: -a.probe.value if a.probe else float("inf"))
+
+
+def differing(arms: list[Arm]) -> tuple[list[tuple[str, list[str]]], list[tuple[str, list[str]]]]:
+    """Options whose values differ: those that two arms or more have, and those that only one has. "–" = has none."""
+    configs = [wording.flat(a.stage.config) for a in arms]
+    shared: list[tuple[str, list[str]]] = []
+    own: list[tuple[str, list[str]]] = []
+    for key in dict.fromkeys(k for c in configs for k in c):
+        values = [wording.value_text(c[key]) if key in c else "–" for c in configs]
+        if len(set(values)) == 1:
+            continue
+        (shared if sum(key in c for c in configs) > 1 else own).append((key, values))
+    return shared, own
+
+
+def _values(arms: list[Arm]) -> dict[str, Any]:
+    measured = [a for a in arms if a.probe]
+    shared, own = differing(arms)
+    first = measured[0].probe if measured else None
+    names = [a.label for a in arms if not a.supervised] or [a.label for a in arms]
+    data = list(dict.fromkeys(a.stage.data for a in arms if a.stage.data))
+    wide = narrow = None
+    if first:
+        rows = [(a.label, a.probe.random, a.probe.value, a.color) for a in measured if a.probe]
+
+        def text(value: float) -> str:
+            return wording.metric_value(first.key, value)
+
+        title = f"{first.label} of each run, from random initialisation to after training"
+        share = wording.is_share(first.key)
+        wide, narrow = (charts.dumbbells(rows, title=title, text=text, share=share, width=w) for w in (880, 360))
+    curves = _probe_curves(arms)
+    return {
+        "title": (", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0])
+        + (f" on {data[0]}" if len(data) == 1 else ""),
+        "lede": _lede(arms, data),
+        "verdict": _verdict(measured),
+        "arms": arms,
+        "first": first,
+        "dumbbells_wide": wide,
+        "dumbbells_narrow": narrow,
+        "curves": curves,
+        "curve_legend": [(a.label, a.color, "", "") for a in arms],
+        "pages": [_arm_page(a, i) for i, a in enumerate(arms)],
+        "differing": shared,
+        "own": own,
+        "commands": list(dict.fromkeys(a.run.command for a in arms if a.run.command)),
+        "metric_value": wording.metric_value,
+        "metric_margin": wording.metric_margin,
+        "same_seconds": _nearly_same([a.seconds for a in arms]),
+    }
+
+
+def _lede(arms: list[Arm], data: list[str]) -> str:
+    backbones = list(dict.fromkeys(a.stage.backbone for a in arms if a.stage.backbone))
+    who = f"{len(arms)} runs" + (f" of {backbones[0]}" if len(backbones) == 1 else "")
+    parts = [who]
+    if len(data) > 1:
+        parts.append(f"on {len(data)} data sets")
+    if _nearly_same([a.seconds for a in arms]):
+        parts.append(f"each trained for about {wording.duration(max(a.seconds or 0 for a in arms))}")
+    elif len({a.stage.steps_done for a in arms}) == 1 and arms[0].stage.steps_done:
+        parts.append(f"each trained for {wording.number(arms[0].stage.steps_done)} steps")
+    else:
+        parts.append("not under the same budget: see the times below")
+    return ", ".join(parts) + "."
+
+
+def _nearly_same(seconds: list[float | None]) -> bool:
+    known = [s for s in seconds if s]
+    return len(known) == len(seconds) and max(known) <= 1.15 * min(known)
+
+
+def _verdict(measured: list[Arm]) -> str:
+    """The sentence a person takes away: the best method that needs no labels, by how much, and supervised training."""
+    methods = [a for a in measured if not a.supervised] or measured
+    if not methods or not methods[0].probe:
+        return "No probe was measured on these runs, so they are not ranked."
+    best, probe = methods[0], methods[0].probe
+    text = f"{best.label} has the best features: {probe.label} {wording.metric_value(probe.key, probe.value)}"
+    if probe.margin is not None:
+        text += f", {wording.metric_margin(probe.key, probe.margin)} over its random initialisation"
+    if len(methods) > 1 and methods[1].probe:
+        ahead = probe.value - methods[1].probe.value
+        size = wording.metric_margin(probe.key, ahead).lstrip("+")
+        text += f", {size} ahead of {methods[1].label}" if ahead > 0 else f", level with {methods[1].label}"
+    taught = [a.probe for a in measured if a.supervised and a not in methods and a.probe]
+    if taught:
+        text += f". Supervised training of the same backbone reaches {wording.metric_value(probe.key, taught[0].value)}"
+    return text + ". One run each: a small difference between two methods can be chance."
+
+
+def _probe_curves(arms: list[Arm]) -> list[tuple[str, Markup, Markup]]:
+    """The probes while training, all arms in one chart over seconds (over steps where the times are not known)."""
+    out = []
+    keys = dict.fromkeys(k for a in arms for k in a.stage.probe_curves())
+    timed = all(a.stage.seconds_at(1) is not None for a in arms if a.stage.probe_curves())
+    for key in keys:
+        lines = []
+        for arm in arms:
+            points = arm.stage.probe_curves().get(key)
+            if points:
+                placed = [(arm.stage.seconds_at(x) or 0.0, y) for x, y in points] if timed else points
+                lines.append(charts.Line(arm.label, placed, arm.color, dots=True))
+        label = "seconds of training" if timed else "step"
+        title, share = wording.metric_name(key), wording.is_share(key)
+        wide = charts.line_chart(
+            lines,
+            name=f"probe-{key}",
+            title=title,
+            x_label=label,
+            width=880,
+            height=320,
+            labels=True,
+            share=share,
+            y_text=lambda v, k=key: wording.metric_value(k, v),
+        )
+        narrow = charts.line_chart(
+            lines, name=f"probe-{key}-narrow", title=title, x_label=label, height=250, share=share
+        )
+        out.append((title, wide, narrow))
+    return out
+
+
+def _arm_page(arm: Arm, index: int) -> ArmPage:
+    levels = [
+        charts.Level(n, v, charts.DASHES[i % len(charts.DASHES)])
+        for i, (n, v) in enumerate(arm.stage.last_references().items())
+    ]
+    chart, legend = None, []
+    if arm.stage.curve("loss"):
+        chart = charts.line_chart(
+            [loss_line(arm.stage, "loss", arm.color)],
+            levels,
+            name=f"arm-{index}",
+            title=f"Loss of {arm.label}",
+            height=230,
+        )
+        legend = [("loss", arm.color, "", wording.number(arm.loss))]
+        legend += [(level.name, level.color, level.dash, wording.number(level.value)) for level in levels]
+    return ArmPage(arm, chart, legend, shown_previews(arm.stage, last_only=True))
+
+
+def runs_table(folder: Path | str) -> list[dict[str, Any]]:
+    """The runs at or under a folder, one flat JSON-able row each, the newest first.
+
+    Keys: run (the path from ``folder``), system, backbone, data, state, steps, loss, reference (the loss of the best
+    trivial predictor), probe (its name), score, margin (over random initialisation), seconds, date. What is not known is
+    None. A folder whose run.json is damaged is listed with state "unreadable".
+    """
+    folder = Path(folder)
+    rows = []
+    for path in find_runs(folder):
+        name = path.relative_to(folder).as_posix() if path != folder else path.resolve().name
+        try:
+            rows.append(_row(name, read_run(path)))
+        except UserError:
+            rows.append({**dict.fromkeys(_COLUMNS), "run": name, "state": "unreadable"})
+    return sorted(rows, key=lambda r: str(r["date"] or ""), reverse=True)
+
+
+_COLUMNS = (
+    "run",
+    "system",
+    "backbone",
+    "data",
+    "state",
+    "steps",
+    "loss",
+    "reference",
+    "probe",
+    "score",
+    "margin",
+    "seconds",
+    "date",
+)
+
+
+def _row(name: str, run: Run) -> dict[str, Any]:
+    arm = Arm(run, name, "", best_probe(run))
+    values = (
+        name,
+        run.system or None,
+        arm.stage.backbone or None,
+        arm.stage.data or None,
+        run.state,
+        arm.stage.steps_done,
+        arm.loss,
+        arm.reference[1] if arm.reference else None,
+        arm.probe.label if arm.probe else None,
+        arm.probe.value if arm.probe else None,
+        arm.probe.margin if arm.probe else None,
+        run.seconds,
+        run.info.get("started"),
+    )
+    return dict(zip(_COLUMNS, values, strict=True))
