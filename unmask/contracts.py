@@ -65,6 +65,7 @@ class Preprocessing:
     channels: int = 3
     full_range: float = 255.0
     interpolation: str = "bicubic"
+    crop: float = 1.0  # share of the shorter side that is looked at, from the centre
 
     def plain(self) -> dict[str, Any]:
         return asdict(self)

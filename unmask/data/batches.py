@@ -286,4 +286,5 @@ def _preprocessing(settings: DataSettings, facts: DataFacts) -> Preprocessing:
         channels=channels,
         full_range=_full_range(facts),
         interpolation=settings.interpolation,
+        crop=settings.eval_crop or (0.875 if facts.image_size is None else 1.0),
     )

@@ -28,7 +28,7 @@ class Transform:
         self.size: tuple[int, int] = tuple(preprocessing.image_size)  # type: ignore[assignment]
         self.channels = channels
         self.one_size = one_size
-        self.eval_crop = settings.eval_crop or (1.0 if one_size else 0.875)
+        self.eval_crop = settings.eval_crop or preprocessing.crop
         if channels != preprocessing.channels and (channels, preprocessing.channels) not in ((1, 3), (3, 1)):
             raise UserError(f"the images have {channels} channels, the model takes {preprocessing.channels}")
         if settings.rand_augment is not None and channels not in (1, 3):

@@ -88,7 +88,7 @@ def standardised(images: Sequence[np.ndarray], preprocessing: Preprocessing) -> 
         raw = array if array.dtype == np.uint8 else array.astype(np.float32)
         pixels = torch.from_numpy(np.array(raw, order="C")).permute(2, 0, 1)[None]
         sizes = torch.tensor([array.shape[:2]])
-        rows.append(centre_crop(pixels, sizes, size, 1.0, preprocessing.interpolation) / full)  # type: ignore[arg-type]
+        rows.append(centre_crop(pixels, sizes, size, preprocessing.crop, preprocessing.interpolation) / full)  # type: ignore[arg-type]
     mean = torch.tensor(preprocessing.mean, dtype=torch.float32)[:, None, None]
     std = torch.tensor(preprocessing.std, dtype=torch.float32)[:, None, None]
     return (torch.cat(rows) - mean) / std

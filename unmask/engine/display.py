@@ -1,0 +1,184 @@
+"""What a person sees while it trains, on stderr: a live line at a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+_PAUSE = 5.0  # seconds between plain lines
+
+
+class Display(Protocol):
+    """Where the engine tells how it goes. Every method is cheap; none waits for the device."""
+
+    def start(self, title: str, steps: int, done: int) -> None: ...
+    def step(self, done: int) -> None: ...
+    def metrics(self, values: Mapping[str, float]) -> None: ...
+    def references(self, values: Mapping[str, float]) -> None: ...
+    def probe(self, values: Mapping[str, float]) -> None: ...
+    def say(self, line: str) -> None: ...
+    def stop(self) -> None: ...
+
+
+class Words:
+    """The latest numbers as a person reads them."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+        self.reference: tuple[str, float] | None = None
+        self.probes: dict[str, float] = {}
+
+    def loss(self) -> str:
+        """``loss 0.51 (0.87 mean of the visible)``: the best of the trivial predictors beside it."""
+        if "loss" not in self.values:
+            return ""
+        beside = f" ({number(self.reference[1])} {self.reference[0]})" if self.reference else ""
+        return f"loss {number(self.values['loss'])}{beside}"
+
+    def parts(self) -> list[str]:
+        values = self.values
+        out = [f"epoch {values['epoch']:.1f}"] if values.get("epoch") is not None else []
+        out.append(self.loss())
+        if values.get("images_per_second"):
+            out.append(f"{values['images_per_second']:,.0f} images/s")
+        if values.get("memory_mb"):
+            memory = values["memory_mb"]
+            out.append(f"{memory / 1024:.1f} GB" if memory >= 1024 else f"{memory:.0f} MB")
+        out += [f"{name} {number(value)}" for name, value in self.probes.items()]
+        return [part for part in out if part]
+
+    def take_references(self, values: Mapping[str, float]) -> None:
+        if values:
+            name = min(values, key=lambda n: values[n])
+            self.reference = (name, values[name])
+
+
+class LiveDisplay:
+    """One line at a terminal that is drawn again, with a bar and the time left."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(stderr=True)
+        self.words = Words()
+        self.progress: Progress | None = None
+        self.task: TaskID | None = None
+
+    def start(self, title: str, steps: int, done: int) -> None:
+        self.stop()
+        self.words = Words()
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[words]}", markup=False),
+            console=self.console,
+            refresh_per_second=4,
+            speed_estimate_period=60,
+        )
+        self.task = self.progress.add_task(title, total=steps, completed=done, words="")
+        self.progress.start()
+
+    def step(self, done: int) -> None:
+        if self.progress is not None and self.task is not None:
+            self.progress.update(self.task, completed=done)
+
+    def metrics(self, values: Mapping[str, float]) -> None:
+        self.words.values = dict(values)
+        self._redraw()
+
+    def references(self, values: Mapping[str, float]) -> None:
+        self.words.take_references(values)
+        self._redraw()
+
+    def probe(self, values: Mapping[str, float]) -> None:
+        self.words.probes = dict(values)
+        self._redraw()
+
+    def say(self, line: str) -> None:
+        self.console.print(Text(line))
+
+    def stop(self) -> None:
+        if self.progress is not None:
+            self._redraw()
+            self.progress.stop()
+            self.progress = None
+
+    def _redraw(self) -> None:
+        if self.progress is not None and self.task is not None:
+            self.progress.update(self.task, words="  ".join(self.words.parts()))
+
+
+class PlainDisplay:
+    """Whole lines, at most one every few seconds, for logs and pipes."""
+
+    def __init__(self, pause: float = _PAUSE):
+        self.pause, self.words = pause, Words()
+        self.title, self.steps, self.done = "", 0, 0
+        self.started = self.spoke = time.monotonic()
+        self.first = 0
+
+    def start(self, title: str, steps: int, done: int) -> None:
+        self.title, self.steps, self.done, self.first = title, steps, done, done
+        self.words, self.started, self.spoke = Words(), time.monotonic(), float("-inf")
+        self.say(f"{title}: step {done} of {steps}")
+
+    def step(self, done: int) -> None:
+        self.done = done
+
+    def metrics(self, values: Mapping[str, float]) -> None:
+        self.words.values = dict(values)
+        self.done = int(values.get("step", self.done))
+        if time.monotonic() - self.spoke >= self.pause or self.done >= self.steps:
+            self.spoke = time.monotonic()
+            self.say("  ".join([f"{self.title} {self.done}/{self.steps}", *self.words.parts(), *self._left()]))
+
+    def references(self, values: Mapping[str, float]) -> None:
+        self.words.take_references(values)
+
+    def probe(self, values: Mapping[str, float]) -> None:
+        self.words.probes = dict(values)
+        numbers = "  ".join(f"{name} {number(value)}" for name, value in values.items())
+        self.say(f"{self.title} {self.done}/{self.steps}  {numbers}")
+
+    def say(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    def stop(self) -> None:
+        pass
+
+    def _left(self) -> list[str]:
+        made = self.done - self.first
+        if not made or self.done >= self.steps:
+            return []
+        seconds = (time.monotonic() - self.started) / made * (self.steps - self.done)
+        return [f"{int(seconds // 60)}:{int(seconds % 60):02d} left"]
+
+
+class SilentDisplay:
+    """Says nothing: for tests, and for every process but the first."""
+
+    def start(self, title: str, steps: int, done: int) -> None: ...
+    def step(self, done: int) -> None: ...
+    def metrics(self, values: Mapping[str, float]) -> None: ...
+    def references(self, values: Mapping[str, float]) -> None: ...
+    def probe(self, values: Mapping[str, float]) -> None: ...
+    def say(self, line: str) -> None: ...
+    def stop(self) -> None: ...
+
+
+def default_display() -> Display:
+    """Live at a terminal, plain lines elsewhere."""
+    return LiveDisplay() if sys.stderr.isatty() else PlainDisplay()
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, without a sea of zeros."""
+    if value is None:
+        return "?"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
