@@ -128,7 +128,7 @@ def window_attention(qkv: Tensor, bias: Tensor | None, windows: Windows, *, scal
 
     bias: ``[heads, K, K]`` added to the scaled logits, in any floating type; the windows' mask is added once, with it.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return _traceable(qkv, bias, windows, scale)
     if qkv.device.type == "cpu":
         return _InBlocks.apply(qkv.contiguous(), bias, windows, scale)
@@ -159,7 +159,7 @@ def merge(bias: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Tenso
 
 
 def _traceable(qkv: Tensor, bias: Tensor | None, windows: Windows, scale: float) -> Tensor:
-    """The same numbers from plain operations, for any batch size: what compilers and exporters see."""
+    """The same numbers from plain operations, for any batch size: what exporters see."""
     batch, tokens, _, heads, dim = qkv.shape
     taken = qkv.reshape(batch, tokens, -1).index_select(1, windows.index.reshape(-1))
     packed = taken.view(batch, windows.count, windows.slots, 3, heads, dim).permute(3, 0, 1, 4, 2, 5)

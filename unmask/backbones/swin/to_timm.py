@@ -1,0 +1,56 @@
+"""Which model of timm computes what our Swin computes: ``SwinTransformer`` or ``SwinTransformerV2``."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, cast
+
+from torch import Tensor
+
+from unmask.backbones.swin.model import Swin
+from unmask.contracts import Encoder
+from unmask.errors import UserError
+from unmask.official.export import TimmTwin
+
+
+def timm_twin(encoder: Encoder) -> TimmTwin:
+    """Raises ``UserError`` naming the option that timm does not have."""
+    swin = cast(Swin, encoder)
+    c = swin.config
+    unknown = {
+        "absolute_positions=true": c.absolute_positions,
+        "patch_norm=false": not c.patch_norm,
+        "out_norm=true": c.out_norm,
+        "shift=false": not c.shift,
+        f"norm_eps={c.norm_eps}": c.norm_eps != 1e-5,
+        f"qk_scale={c.qk_scale}": c.qk_scale is not None,
+        "biases only in places (qkv_bias=false) of version 2": c.version == 2 and not c.qkv_bias,
+    }
+    for option, present in unknown.items():
+        if present:
+            raise UserError(f"timm has no Swin with {option}: export --to safetensors or onnx")
+    arguments: dict[str, Any] = {
+        "img_size": list(swin.image_size),
+        "patch_size": swin.patch_size[0] if len(set(swin.patch_size)) == 1 else list(swin.patch_size),
+        "in_chans": c.in_channels,
+        "embed_dim": c.embed_dim,
+        "depths": list(c.depths),
+        "num_heads": list(c.num_heads),
+        "window_size": c.window_size if isinstance(c.window_size, int) else list(c.window_size),
+        "mlp_ratio": c.mlp_ratio,
+        "qkv_bias": c.qkv_bias,
+        "num_classes": 0,
+    }
+    if c.version == 2:
+        arguments["pretrained_window_sizes"] = list(c.pretrained_windows or (0,) * len(c.depths))
+        return TimmTwin("swinv2_tiny_window8_256", arguments, _state(swin))
+    return TimmTwin("swin_tiny_patch4_window7_224", arguments, _state(swin))
+
+
+def _state(swin: Swin) -> dict[str, Tensor]:
+    """timm keeps the merging at the beginning of the stage it leads to."""
+
+    def later(found: re.Match[str]) -> str:
+        return f"layers.{int(found[1]) + 1}.downsample."
+
+    return {re.sub(r"^layers\.(\d+)\.downsample\.", later, name): value for name, value in swin.state_dict().items()}
