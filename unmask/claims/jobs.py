@@ -1,0 +1,130 @@
+"""One arm with one seed: what it does, and the folder it does it in. Imports no torch.
+
+A job's folder holds ``recipe.yaml`` (so that ``unmask train recipe.yaml`` repeats the training by itself), ``job.json``
+(what to measure), ``run/`` (the training) and ``measures/``. Its name carries a digest of the recipe: a claim that is
+changed gets new folders, one that is not goes on in the old ones.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from unmask.claims.claim import Metric, Tier
+from unmask.claims.materials import short
+
+
+@dataclass(frozen=True)
+class Job:
+    """``metrics``: by name, with ``data`` as ``data.open`` takes it."""
+
+    folder: Path
+    slug: str
+    arm: str
+    seed: int
+    untrained: bool
+    steps: int
+    recipe: dict[str, Any]
+    metrics: dict[str, dict[str, Any]]
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.folder / "recipe.yaml"
+
+    @property
+    def title(self) -> str:
+        return f"{self.slug}: {self.arm}, seed {self.seed}"
+
+    def measure_file(self, metric: str) -> Path:
+        return (
+            self.folder
+            / "measures"
+            / f"{plain_name(metric)}-{short(json.dumps(self.metrics[metric], sort_keys=True))}.json"
+        )
+
+    def values(self) -> dict[str, float] | None:
+        """Each metric's number, or None while one is missing."""
+        found = {}
+        for name in self.metrics:
+            path = self.measure_file(name)
+            if not path.is_file():
+                return None
+            found[name] = float(json.loads(path.read_text())["value"])
+        return found
+
+    def seconds(self) -> float:
+        """Seconds of training and measuring, as far as they are written."""
+        total = sum(
+            float(json.loads(p.read_text())["seconds"]) for p in map(self.measure_file, self.metrics) if p.is_file()
+        )
+        if (self.run / "run.json").is_file():
+            total += float(json.loads((self.run / "run.json").read_text()).get("seconds") or 0)
+        return total
+
+    def steps_done(self) -> int:
+        """Training steps so far, read from the last line of the metrics."""
+        if self.untrained or self.values() is not None:
+            return self.steps
+        path = self.run / "metrics.jsonl"
+        if not path.is_file():
+            return 0
+        with path.open("rb") as file:
+            file.seek(max(path.stat().st_size - 4096, 0))
+            found = re.findall(rb'"step": (\d+)', file.read())
+        return min(int(found[-1]), self.steps) if found else 0
+
+    def write(self) -> None:
+        """Put recipe and job into the folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.recipe_file.write_text(yaml.safe_dump(self.recipe, sort_keys=False), encoding="utf-8")
+        told = {k: getattr(self, k) for k in ("slug", "arm", "seed", "untrained", "steps", "metrics")}
+        (self.folder / "job.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
+
+
+def read_job(folder: Path) -> Job:
+    """The job that ``write`` put there."""
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    return Job(folder=folder, recipe=recipe, **json.loads((folder / "job.json").read_text(encoding="utf-8")))
+
+
+def jobs_of(
+    slug: str, tier: Tier, seeds: int, work: Path, found: Mapping[str, str], device: str | None = None
+) -> list[Job]:
+    """Every arm with every seed, seed by seed, so that a half-done claim already has whole pairs.
+
+    found: what each URI of the claim is for ``data.open``.
+    """
+    jobs = []
+    for seed in range(seeds):
+        for arm, own in tier.arms.items():
+            parts = tier.settings(arm)
+            parts["train"]["seed"] = seed
+            if device is not None:
+                parts["train"]["device"] = device
+            parts["data"]["uri"] = found[parts["data"]["uri"]]
+            recipe = {"system": tier.system or slug, "about": f"{slug}, {arm}, seed {seed}", **parts}
+            metrics = {name: measured(metric, found, seed) for name, metric in tier.metrics.items()}
+            digest = short(json.dumps([recipe, own.untrained], sort_keys=True, default=str))
+            folder = work / f"{slug}-{plain_name(arm)}-seed{seed}-{digest}"
+            steps = 0 if own.untrained else tier.budget.steps
+            jobs.append(Job(folder, slug, arm, seed, own.untrained, steps, recipe, metrics))
+    return jobs
+
+
+def measured(metric: Metric, found: Mapping[str, str], seed: int) -> dict[str, Any]:
+    return {**metric.plain(), "data": found[metric.data], "seed": seed}
+
+
+def plain_name(text: str) -> str:
+    """Lower-case letters, digits and dashes: ``ratio 0.75`` -> ``ratio-0-75``."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
