@@ -215,14 +215,8 @@ def main() -> None:
             continue
         with torch.no_grad():
             difference = abs(float(gap(images[:2])))
-        assert difference < (1e-4 if name != "stable-pretraining" else 0.05), (
-            f"{name}: losses differ by {difference:.2g}"
-        )
-        print(
-            f"{name}: losses equal within {difference:.1e}"
-            if name != "stable-pretraining"
-            else f"{name}: losses of the same size"
-        )
+        assert difference < TOLERANCE[name], f"{name}: losses differ by {difference:.2g}"
+        print(f"{name}: losses differ by {difference:.1e} (allowed: {TOLERANCE[name]:g})")
         peers.append(name)
         steps |= {f"{name} {p}": stepper(peer, loss, p) for p in ("fp32", "bf16")}
 

@@ -29,7 +29,9 @@ def test_replaced_tokens_do_not_depend_on_their_pixels():
     changed = x.clone()
     changed[:, :, :4, 12:] += 1
     token = torch.randn(128)
-    assert torch.allclose(encoder.tokens(x, hidden=hidden, mask_token=token), encoder.tokens(changed, hidden=hidden, mask_token=token))
+    assert torch.allclose(
+        encoder.tokens(x, hidden=hidden, mask_token=token), encoder.tokens(changed, hidden=hidden, mask_token=token)
+    )
     assert not torch.allclose(encoder.tokens(x), encoder.tokens(changed))
 
 

@@ -1,4 +1,5 @@
 import json
+import time
 
 import numpy as np
 import pytest
@@ -48,6 +49,17 @@ def test_the_loss_falls_and_the_folder_holds_what_a_reader_needs(tmp_path):
     about = json.loads((out / "previews" / "00000030-values.json").read_text())
     assert sheet.height == 2 * 96 + 4
     assert (about["columns"], about["rows"], about["caption"]) == (["input"], 2, "what went in")
+
+
+def test_the_time_of_probes_is_not_taken_off_the_time_of_steps(tmp_path):
+    def slow(model, progress):
+        time.sleep(0.2)
+        return {"width": 1.0}
+
+    slow.every = lambda settings: settings.probe_every
+    out = run(tmp_path / "run", stage(steps=3, log_every=100, probe_every=100, monitors=[slow]))
+    (line,) = lines(out, "train")
+    assert 0 < line["images_per_second"] < 1e7
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])

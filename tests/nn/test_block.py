@@ -61,7 +61,9 @@ def test_a_subset_of_queries_gets_the_values_of_the_whole(queries):
     block = Block(12, 3, init_values=0.5, qk_norm=True)
     x = torch.randn(2, 5, 12)
     whole = block(x)
-    wanted = whole[:, queries] if isinstance(queries, slice) else torch.stack([whole[i, q] for i, q in enumerate(queries)])
+    wanted = (
+        whole[:, queries] if isinstance(queries, slice) else torch.stack([whole[i, q] for i, q in enumerate(queries)])
+    )
     assert torch.allclose(block(x, queries=queries), wanted, atol=1e-6)
 
 

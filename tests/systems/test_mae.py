@@ -81,7 +81,9 @@ def test_grid_masking_keeps_one_patch_of_every_cell():
 def test_references_are_in_the_targets_units():
     system = model()
     found = system.references({"image": images(8)}, Seeded(0))
-    assert found["mean of the visible"].item() == pytest.approx(47 / 48, abs=0.03), "a flat guess of a standardised patch"
+    assert found["mean of the visible"].item() == pytest.approx(47 / 48, abs=0.03), (
+        "a flat guess of a standardised patch"
+    )
     assert set(found) == {"mean of the visible", "nearest visible patch", "bilinear fill"}
     raw = model(target="pixels").references({"image": images(8)}, Seeded(0))
     assert raw["nearest visible patch"] > raw["mean of the visible"], "independent noise is no help"
@@ -133,7 +135,12 @@ def test_a_backbone_that_cannot_drop_is_refused_with_the_way_out():
 
 
 def official_names(system: MAE) -> dict[str, torch.Tensor]:
-    names = {"decoder.embed.": "decoder_embed.", "decoder.blocks.": "decoder_blocks.", "decoder.norm.": "decoder_norm.", "decoder.predict.": "decoder_pred."}
+    names = {
+        "decoder.embed.": "decoder_embed.",
+        "decoder.blocks.": "decoder_blocks.",
+        "decoder.norm.": "decoder_norm.",
+        "decoder.predict.": "decoder_pred.",
+    }
     out = {}
     for key, value in system.state_dict().items():
         key = key.removeprefix("encoder.")
@@ -142,7 +149,11 @@ def official_names(system: MAE) -> dict[str, torch.Tensor]:
         out["mask_token" if key == "decoder.mask_token" else key] = value
     out["mask_token"] = out["mask_token"].reshape(1, 1, -1)
     for name, width in (("pos_embed", 32), ("decoder_pos_embed", 16)):
-        table = system.encoder.positions(system.grid, torch.device("cpu")) if width == 32 else system.decoder.positions(system.grid, torch.device("cpu"))
+        table = (
+            system.encoder.positions(system.grid, torch.device("cpu"))
+            if width == 32
+            else system.decoder.positions(system.grid, torch.device("cpu"))
+        )
         zero = torch.zeros(1, width)
         out[name] = (table if width == 32 else torch.cat((zero, table)))[None]
     return out
@@ -154,7 +165,9 @@ def test_official_files_of_each_kind_are_loaded():
     heads = {"num_heads": 2, "decoder_num_heads": 2}
     again = load_official(state, heads)
     x = images()
-    assert torch.allclose(again.loss({"image": x}, Seeded(0))["loss"], system.loss({"image": x}, Seeded(0))["loss"], atol=1e-6)
+    assert torch.allclose(
+        again.loss({"image": x}, Seeded(0))["loss"], system.loss({"image": x}, Seeded(0))["loss"], atol=1e-6
+    )
     encoder = load_official({k: v for k, v in state.items() if "decoder" not in k and k != "mask_token"}, heads)
     assert torch.allclose(encoder.tokens(x), system.encoder.tokens(x), atol=1e-6)
     state["pos_embed"] = state["pos_embed"] + 0.1

@@ -85,7 +85,7 @@ class Keeper:
         try:
             if not resumed:
                 self.probe([m for m in self.monitors if m.every(self.settings)])  # the untrained network's numbers
-            self.window = time.perf_counter()
+            self.window, self.paused = time.perf_counter(), 0.0
             while training.done < training.steps:
                 training.step()
                 self.after_step()

@@ -1,0 +1,144 @@
+"""The last screen of a training, and tables of scores: what was reached, where it lies, what to do next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from unmask.reports.runs import Run, finite, read_run
+
+_SHARES = ("top1", "top5", "knn_top1")
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """What a run came to, as plain values (``unmask train --json``)."""
+    run = read_run(path)
+    stage = run.last
+    loss = stage.curve("loss")
+    return {
+        "run": str(path),
+        "system": run.system,
+        "state": run.state,
+        "steps": stage.steps_done,
+        "seconds": run.seconds,
+        "loss": loss[-1][1] if loss else None,
+        "references": stage.last_references(),
+        "units": stage.units,
+        "evaluation": {str(e.get("probe")): _numbers(e) for e in run.evaluations},
+        "report": str(path / "report.html"),
+    }
+
+
+def screen(path: Path) -> str:
+    """The last screen: numbers beside their baselines, where things are, the next commands."""
+    run = read_run(path)
+    stage = run.last
+    lines = [f"{run.system} on {stage.data}: {stage.steps_done} steps in {duration(run.seconds)}, {run.state}"]
+    lines += _loss_lines(run)
+    for evaluation in run.evaluations:
+        lines += [score_line(evaluation)]
+    folder = shown(path)
+    lines += ["", f"  report   {folder}/report.html", f"  encoder  {folder}/encoder/"]
+    lines += ["", "next:"]
+    labelled = any(e.get("top1") is not None for e in run.evaluations)
+    probe = (
+        f"unmask eval {folder} --probe linear" if labelled else f"unmask eval {folder} --data LABELLED --probe linear"
+    )
+    if run.system == "classifier":
+        probe = f"unmask predict {folder} IMAGE.png"
+    lines += [f"  {probe}", f"  unmask export {folder} --to timm -o exported/"]
+    if run.system != "classifier":
+        lines += [f"  unmask train classifier --data LABELLED init={folder}        fine-tune it"]
+    return "\n".join(lines)
+
+
+def _loss_lines(run: Run) -> list[str]:
+    stage = run.last
+    loss = stage.curve("loss")
+    if not loss:
+        return []
+    last = sum(value for _, value in loss[-5:]) / len(loss[-5:])
+    lines = [f"  loss {last:.4g}"]
+    references = stage.last_references()
+    if references:
+        best, value = next(iter(references.items()))
+        word = "below" if last < value else "NOT below"
+        rest = ", ".join(f"{name} {number:.3g}" for name, number in references.items())
+        lines[0] += (
+            f", {word} the best trivial guess ({best}): it learns"
+            if last < value
+            else f", {word} the best trivial guess ({best}): train longer"
+        )
+        lines.append(f"  trivial guesses: {rest}{f' ({stage.units})' if stage.units else ''}")
+    return lines
+
+
+def score_line(evaluation: Mapping[str, Any]) -> str:
+    """One probe in one line, beside its baseline."""
+    probe = str(evaluation.get("probe"))
+    baseline = _baseline(evaluation)
+    key = next((k for k in ("top1", "rankme", "knn_top1") if finite(evaluation.get(k))), None)
+    if key is None:
+        return f"  {probe}: no number"
+    value = _amount(key, evaluation[key])
+    name = f"{probe} probe" if key != "rankme" else "RankMe (directions in use)"
+    before = f", random initialisation {_amount(key, baseline[key])}" if finite(baseline.get(key)) else ""
+    return f"  {name}: {value}{before}"
+
+
+def score_rows(scores: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of a table of scores: the model, then each baseline with its spread over seeds."""
+    keys = [key for key in ("top1", "top5", "rankme") if finite(scores.get(key))]
+    rows = [["this model", *(_amount(key, scores[key]) for key in keys)]]
+    for name, numbers in (scores.get("baseline") or {}).items():
+        cells = []
+        for key in keys:
+            spread = numbers.get(f"{key}_std")
+            cell = _amount(key, numbers[key]) if finite(numbers.get(key)) else ""
+            cells.append(f"{cell} ± {_amount(key, spread).removesuffix(' %')}" if cell and spread else cell)
+        rows.append([name, *cells])
+    return keys, rows
+
+
+def _baseline(evaluation: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = (evaluation.get("baseline") or {}).get("random initialisation")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _numbers(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {k: v for k, v in evaluation.items() if finite(v)}
+    return kept | ({"baseline": evaluation["baseline"]} if evaluation.get("baseline") else {})
+
+
+def _amount(key: str, value: float) -> str:
+    return f"{100 * value:.1f} %" if key in _SHARES else f"{value:.4g}"
+
+
+def duration(seconds: float | None) -> str:
+    """ "2 min 05 s"."""
+    if seconds is None:
+        return "unknown time"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def shown(path: Path) -> str:
+    """A path as short as it can be copied: relative where it lies below the present folder."""
+    try:
+        return str(Path(path).resolve().relative_to(Path.cwd().resolve()))
+    except ValueError:
+        return str(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON for people and programs; written aside, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.aside")
+    aside.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+    aside.replace(path)

@@ -1,0 +1,100 @@
+"""``export`` and ``import_checkpoint``: encoders out, authors' checkpoints in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from unmask.errors import UserError, nearest
+
+FORMATS = ("safetensors", "timm", "onnx", "hub")
+Talk = Callable[[str], None]
+
+
+def import_checkpoint(
+    system: str,
+    file: str | Path,
+    out: str | Path,
+    *,
+    backbone: str | None = None,
+    overrides: Iterable[str] | Mapping[str, Any] = (),
+    talk: Talk | None = None,
+) -> Path:
+    """The authors' checkpoint of a system as a folder that every command takes; returns the folder.
+
+    The file is read as data (safetensors, or torch's format without code), its names are changed by the system's rules, and
+    nothing may be missing or left over. overrides: what the tensors do not tell (``num_heads=12``). Raises ``UserError``
+    when the file is damaged, holds code, or belongs to another system; then nothing is written.
+    """
+    from unmask.catalog import card
+    from unmask.config import parse_word
+    from unmask.contracts import Preprocessing, Trainable
+    from unmask.engine.run import refuse_occupied
+    from unmask.official import hub
+    from unmask.official.load import read_checkpoint
+
+    found = card(system)
+    rules = found.module("official")
+    if rules is None or not hasattr(rules, "load_official"):
+        raise UserError(f"{system} has no rules for official checkpoints: {nearest(system, _with_rules())}")
+    out = Path(out)
+    refuse_occupied(out)
+    options = dict(overrides) if isinstance(overrides, Mapping) else dict(parse_word(word) for word in overrides)
+    if backbone is not None:
+        options["backbone"] = backbone
+    model = rules.load_official(read_checkpoint(Path(file)), options)
+    encoder = model.encoder if isinstance(model, Trainable) else model
+    if encoder is not None and encoder.preprocessing is None and encoder.in_channels == 3:
+        encoder.preprocessing = Preprocessing(image_size=tuple(encoder.image_size))  # ImageNet's statistics
+    if isinstance(model, Trainable):
+        hub.save_trainable(model, out)
+    else:
+        hub.save_encoder(model, out, system=system)
+    if talk is not None:
+        kind = "the whole system" if isinstance(model, Trainable) else "the encoder"
+        talk(
+            f"{kind}, {sum(p.numel() for p in model.parameters()):,} parameters, every tensor of the file accounted for"
+        )
+    return out
+
+
+def _with_rules() -> list[str]:
+    from unmask.catalog import cards
+
+    return [slug for slug, card in cards().items() if card.beside("official.py")]
+
+
+def export(
+    model: Any,
+    *,
+    to: str = "safetensors",
+    out: str | Path | None = None,
+    model_options: Mapping[str, Any] | None = None,
+) -> str:
+    """An encoder in a format that others read: ``safetensors`` (config.json beside it), ``timm``, ``onnx``, or ``hub`` (uploads
+    to the repository ``out``). Returns the folder, or the address. Raises ``UserError`` in one line.
+    """
+    from unmask.api.loading import load
+    from unmask.contracts import Encoder
+    from unmask.engine.run import refuse_occupied
+    from unmask.official.export import export_encoder
+
+    if to not in FORMATS:
+        raise UserError(f'no format "{to}": {nearest(to, FORMATS)}')
+    if out is None:
+        place = "user/name" if to == "hub" else "DIR"
+        raise UserError(f"where to? unmask export {model} --to {to} -o {place}")
+    encoder = load(model, **(model_options or {}))
+    if not isinstance(encoder, Encoder):
+        raise UserError(f"{encoder.slug or type(encoder).__name__} has no encoder to export: share its model/ folder")
+    if to != "hub":
+        refuse_occupied(Path(out))
+    return export_encoder(encoder, to, out, system=_trained_by(model))
+
+
+def _trained_by(model: Any) -> str:
+    from unmask.api.loading import is_run
+    from unmask.engine.run import read_run
+
+    return str(read_run(Path(model)).get("system") or "") if isinstance(model, (str, Path)) and is_run(model) else ""

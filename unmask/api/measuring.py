@@ -1,0 +1,104 @@
+"""``evaluate``: what an encoder knows, beside the same network at random initialisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from unmask.api.loading import is_run, load
+from unmask.errors import UserError
+
+Talk = Callable[[str], None]
+
+
+def evaluate(
+    model: Any,
+    data: Any = None,
+    probe: str = "ridge",
+    *,
+    labels: float = 1.0,
+    seed: int = 0,
+    device: str = "auto",
+    baseline: bool | int = True,
+    out: str | Path | None = None,
+    talk: Talk | None = None,
+    model_options: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Measure a model by a probe; the numbers of :func:`unmask.evaluation.evaluate`.
+
+    model: anything :func:`unmask.load` takes. data: a URI, a source or tensors; a run's own data if left out. labels: share of the
+    training labels (0.1, 0.01). baseline: also the same network at random initialisation. out: where the numbers and pictures are
+    written; for a run its ``evaluation/`` folder, and its report is written anew. model_options: of a backbone that is
+    measured by name (``{"pretrained": False}``); options: of the probe. Raises ``UserError`` in one line.
+    """
+    from unmask.evaluation.measure import PROBES
+    from unmask.evaluation.measure import evaluate as measure
+
+    if probe not in PROBES:
+        from unmask.errors import nearest
+
+        raise UserError(f'no probe "{probe}": {nearest(probe, PROBES)}')
+    if not 0 < labels <= 1:
+        raise UserError(f"labels={labels:g} must be a share above 0 and at most 1, for example 0.1")
+    run = Path(model) if isinstance(model, (str, Path)) and is_run(model) else None
+    if data is None:
+        if run is None:
+            raise UserError(f"which data? unmask eval {model} --data URI")
+        own = data_of(run)
+        data, options = own["uri"], {"columns": own.get("columns") or None, **options}
+    encoder = load(model, **(model_options or {}))
+    folder = Path(out) if out is not None else run / "evaluation" if run is not None else None
+    scores = measure(
+        encoder,
+        str(data) if isinstance(data, Path) else data,
+        probe,
+        labels=labels,
+        baseline=baseline,
+        seed=seed,
+        device=device,
+        out=folder,
+        tell=talk,
+        **options,
+    )
+    if run is not None and out is None:
+        rewrite_report(run)
+    return scores
+
+
+def data_of(run: Path) -> dict[str, Any]:
+    """The data settings of a run (of its last stage)."""
+    from unmask.reports.runs import read_run
+
+    settings = read_run(run).last.config.get("data") or {}
+    if not settings.get("uri"):
+        raise UserError(f"{run} does not say what it was trained on: give --data URI")
+    return settings
+
+
+def probe_run(
+    run: Path, talk: Talk, *, seed: int = 0, device: str = "auto", probe: str | None = None
+) -> dict[str, Any] | None:
+    """The probe at the end of a training: ridge where the data has labels, RankMe where it has none; None without an encoder."""
+    from unmask.contracts import Encoder
+    from unmask.data import open as open_data
+
+    encoder = load(run)
+    if not isinstance(encoder, Encoder):
+        return None
+    settings = data_of(run)
+    columns = settings.get("columns") or None
+    source = open_data(settings["uri"], settings.get("split", "train"), columns=columns, limit=settings.get("limit"))
+    if probe is None:
+        probe = "ridge" if source.classes and len(source.classes) > 1 and not source.streaming else "rankme"
+    talk(f"{probe} probe on {settings['uri']}, beside random initialisation ...")
+    data = settings["uri"] if probe != "rankme" else source
+    return evaluate(run, data, probe, seed=seed, device=device, columns=columns, limit=settings.get("limit"))
+
+
+def rewrite_report(run: Path) -> Path:
+    """``report.html`` of a run, from what lies in it now."""
+    from unmask.reports.report import report
+
+    return report(run)

@@ -1,0 +1,251 @@
+"""From a system, a recipe and words to validated settings: what exactly a training will do.
+
+Later layers win: recipe < what the data tells (``auto``, channels, classes) < options < ``key=value`` words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unmask.api import auto, recipes
+from unmask.api.machine import check_device, machine
+from unmask.catalog import Card, load_entry
+from unmask.config import Config, field_names, merged, override, parse_word, validated
+from unmask.contracts import Encoder, Trainable
+from unmask.data import Batches, DataSettings, Source
+from unmask.data import open as open_data
+from unmask.engine.settings import TrainSettings
+from unmask.errors import UserError, nearest
+
+Layer = dict[str, dict[str, Any]]
+
+
+@dataclass
+class StagePlan:
+    """One training, validated: the class, its three configs, the data behind it."""
+
+    name: str
+    system: type[Trainable]
+    model: Config
+    data: DataSettings
+    train: TrainSettings
+    source: Source
+    batches: Batches
+    reads: dict[str, str] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        return {"model": self.model.plain(), "data": self.data.plain(), "train": self.train.plain()}
+
+
+@dataclass
+class Plan:
+    """A training before anything is written. ``lines``: what ``auto`` chose and why, if it did."""
+
+    card: Card
+    recipe: str
+    stages: list[StagePlan]
+    lines: list[str] = field(default_factory=list)
+
+    @property
+    def last(self) -> StagePlan:
+        return self.stages[-1]
+
+
+def plan(
+    system: str | Path,
+    *,
+    recipe: str | None = None,
+    data: str | Path | None = None,
+    backbone: str | None = None,
+    image_size: int | str | tuple[int, int] | None = None,
+    steps: int | None = None,
+    epochs: float | None = None,
+    batch_size: int | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    overrides: Iterable[str] | Mapping[str, Any] = (),
+    base: Mapping[str, Layer] | None = None,
+) -> Plan:
+    """Everything that a training needs, checked. base: for each stage the options that a run began with, which replace the
+    recipe's own below all that is asked for. Raises ``UserError`` in one line for whatever does not fit; writes nothing."""
+    system = str(system)
+    automatic = (
+        base is None and not recipes.is_file(system) and (recipe == "auto" or (recipe is None and data is not None))
+    )
+    if recipes.is_file(system):
+        if recipe is not None:
+            raise UserError(f"{system} is a recipe already: leave --recipe {recipe} out")
+        chosen = recipes.from_file(system)
+    else:
+        chosen = recipes.named(system, auto.base_recipe(machine(device)) if automatic else recipe or "tiny")
+    options: Layer = {
+        "data": _without_none(uri=None if data is None else str(data), image_size=size_of(image_size)),
+        "model": _without_none(backbone=backbone),
+        "train": _without_none(steps=steps, epochs=epochs, batch_size=batch_size, seed=seed, device=device),
+    }
+    words = sort_words(chosen, overrides)
+    stages, lines, opened = [], [], {}
+    for number, stage in enumerate(chosen.stages):
+        given = _lay(options, words[number])
+        own: Layer = {"data": stage.data, "model": stage.model, "train": stage.train}
+        if base is not None:
+            own = _lay(own, base.get(stage.name) or {})
+        else:
+            own = _in_proportion(own, given["train"].get("steps"))
+        cls = load_entry(stage.entry, chosen.system)
+        _refuse_backbone(cls, given, chosen.system)
+        settings = _data_settings(_lay(own, given), chosen)
+        check_device(str(_lay(own, given)["train"].get("device", "auto")))
+        key = (settings.uri, settings.split, settings.limit, str(settings.columns))
+        if key not in opened:
+            opened[key] = open_data(settings.uri, settings.split, columns=settings.columns, limit=settings.limit)
+        if automatic:
+            seen = _with_start(given)
+            choice = auto.choose(opened[key].facts, machine(given["train"].get("device")), own, seen)
+            if seen is not given:
+                choice.data["image_size"] = seen["data"]["image_size"]
+                choice.model = {}
+            own = _lay(own, {"data": choice.data, "model": _if_backbone(cls, choice.model), "train": choice.train})
+            lines = choice.lines
+        stages.append(_validated(stage, chosen, cls, _lay(own, given), opened[key]))
+    return Plan(chosen.card, "auto" if automatic else chosen.name, stages, lines)
+
+
+def _validated(
+    stage: recipes.StageRecipe, recipe: recipes.Recipe, cls: type[Trainable], values: Layer, source: Source
+) -> StagePlan:
+    train = validated(TrainSettings, _spelled(values["train"]), where="train")
+    data = _data_settings(values, recipe)
+    batches = Batches(source, data, train.batch_size, train.seed)
+    model = cls.adapted(validated(cls.Config, values["model"], where=recipe.system), batches.facts)
+    return StagePlan(stage.name, cls, model, data, train, source, batches, stage.reads)
+
+
+def _spelled(train: Mapping[str, Any]) -> dict[str, Any]:
+    """YAML reads the words on and off as truth values; ``compile`` means the words."""
+    compiled = train.get("compile")
+    return {**train, "compile": "on" if compiled else "off"} if isinstance(compiled, bool) else dict(train)
+
+
+def _data_settings(values: Layer, recipe: recipes.Recipe) -> DataSettings:
+    if not values["data"].get("uri"):
+        raise UserError(f"recipe {recipe.name} of {recipe.system} names no data: give --data URI")
+    return validated(DataSettings, values["data"], where="data")
+
+
+# --- words ---
+
+
+def sort_words(recipe: recipes.Recipe, words: Iterable[str] | Mapping[str, Any]) -> list[Layer]:
+    """``key=value`` words, sorted to each stage's data, model and train.
+
+    ``train.K`` and ``data.K`` go to every stage, ``STAGE.K`` to one, anything else to each stage whose system has the option.
+    Raises ``UserError`` for what nobody knows; a bare key of train or data is answered with its full name.
+    """
+    pairs = list(words.items()) if isinstance(words, Mapping) else [parse_word(word) for word in words]
+    out: list[Layer] = [{"data": {}, "model": {}, "train": {}} for _ in recipe.stages]
+    names = [stage.name for stage in recipe.stages]
+    for key, value in pairs:
+        head, _, rest = key.partition(".")
+        if len(names) > 1 and head in names and rest:
+            _place(out, [names.index(head)], recipe, rest, value)
+        else:
+            _place(out, list(range(len(names))), recipe, key, value)
+    return out
+
+
+def _place(out: list[Layer], stages: list[int], recipe: recipes.Recipe, key: str, value: Any) -> None:
+    head, _, rest = key.partition(".")
+    if head in ("train", "data") and rest:
+        for stage in stages:
+            out[stage][head] = override(out[stage][head], rest, value)
+            if head == "train" and rest in ("steps", "epochs"):  # the later word decides how long
+                out[stage]["train"].pop({"steps": "epochs", "epochs": "steps"}[rest], None)
+        return
+    classes = {stage: load_entry(recipe.stages[stage].entry, recipe.system).Config for stage in stages}
+    taking = [stage for stage, cls in classes.items() if head in cls.model_fields]
+    for stage in taking:
+        out[stage]["model"] = override(out[stage]["model"], key, value)
+    if taking:
+        return
+    for part, settings in (("train", TrainSettings), ("data", DataSettings)):
+        if key in settings.model_fields:
+            raise UserError(f'no option "{key}" in {recipe.system}: it belongs to {part}: write {part}.{key}={value}')
+    known = {name for cls in classes.values() for name in field_names(cls)}
+    known |= {f"train.{name}" for name in TrainSettings.model_fields} | {
+        f"data.{name}" for name in DataSettings.model_fields
+    }
+    raise UserError(f'no option "{key}" in {recipe.system}: {nearest(key, known)}')
+
+
+# --- layers ---
+
+
+def _lay(under: Mapping[str, Mapping[str, Any]], over: Mapping[str, Mapping[str, Any]]) -> Layer:
+    """One layer over another. Another backbone brings its own options; steps and epochs replace one another."""
+    out = {part: dict(under.get(part) or {}) for part in ("data", "model", "train")}
+    backbone = (over.get("model") or {}).get("backbone")
+    name = backbone.get("name") if isinstance(backbone, Mapping) else backbone
+    if name and name != _name(out["model"].get("backbone")):
+        out["model"].pop("backbone", None)
+    train = over.get("train") or {}
+    if (train.get("steps") is None) != (train.get("epochs") is None):
+        for key in ("steps", "epochs"):
+            out["train"].pop(key, None)
+    if "warmup_epochs" in train:  # a warm-up counted in steps belongs to the length it was written for
+        out["train"].pop("warmup_steps", None)
+    return {part: merged(out[part], over.get(part)) for part in out}
+
+
+def _in_proportion(own: Layer, steps: int | None) -> Layer:
+    """A recipe of another length: its warm-up, counted in steps, keeps its share of the run."""
+    train = own["train"]
+    if not (steps and train.get("steps") and train.get("warmup_steps")) or steps == train["steps"]:
+        return own
+    return own | {"train": train | {"warmup_steps": round(train["warmup_steps"] * steps / train["steps"])}}
+
+
+def _with_start(given: Layer) -> Layer:
+    """What was asked for, with the backbone and the image size of the encoder that ``init=FOLDER`` starts from."""
+    if not given["model"].get("init"):
+        return given
+    from unmask.api.loading import load
+
+    encoder = load(str(given["model"]["init"]))
+    assert isinstance(encoder, Encoder)
+    backbone = {"name": encoder.name, "patch_size": max(encoder.patch_size)}
+    return _lay({"data": {"image_size": list(encoder.image_size)}, "model": {"backbone": backbone}, "train": {}}, given)
+
+
+def _name(backbone: Any) -> Any:
+    return backbone.get("name") if isinstance(backbone, Mapping) else backbone
+
+
+def _refuse_backbone(cls: type[Trainable], given: Layer, system: str) -> None:
+    if "backbone" in given["model"] and "backbone" not in cls.Config.model_fields:
+        raise UserError(f"{system} has a network of its own and takes no --backbone: leave it out")
+
+
+def _if_backbone(cls: type[Trainable], model: dict[str, Any]) -> dict[str, Any]:
+    return model if "backbone" in cls.Config.model_fields else {k: v for k, v in model.items() if k != "backbone"}
+
+
+def _without_none(**values: Any) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def size_of(value: int | str | tuple[int, int] | None) -> int | list[int] | None:
+    """96, "96", "96x128" (height x width) or (96, 128) as pixels. Raises ``UserError`` for anything else."""
+    if value is None or isinstance(value, int):
+        return value
+    parts = str(value).lower().split("x") if isinstance(value, str) else list(value)
+    try:
+        sides = [int(part) for part in parts]
+    except ValueError:
+        sides = []
+    if not 1 <= len(sides) <= 2 or min(sides) < 1:
+        raise UserError(f"--image-size {value} is no size: write pixels, 96 or 96x128 (height x width)")
+    return sides[0] if len(sides) == 1 else sides

@@ -1,0 +1,5 @@
+"""``python -m unmask.cli`` is the ``unmask`` command."""
+
+from unmask.cli.app import main
+
+main()

@@ -1,0 +1,66 @@
+"""``unmask eval``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unmask.cli import speech
+
+
+def register(app: typer.Typer) -> None:
+    app.command("eval")(eval_command)
+
+
+def eval_command(
+    model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, an export, timm/NAME or a hub id.")],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Options of a backbone by name: pretrained=false."),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Labelled images. Default for a run: its own data.")] = None,
+    probe: Annotated[
+        str, typer.Option(help="linear, ridge, knn, attentive, finetune; rankme needs no labels.")
+    ] = "ridge",
+    labels: Annotated[float, typer.Option(help="Share of the training labels used: 0.1, 0.01.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    baseline: Annotated[bool, typer.Option(help="Measure the same network at random initialisation beside it.")] = True,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where to write. Default: the run's evaluation/ folder.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="The numbers as JSON.")] = False,
+) -> None:
+    """Measure what an encoder knows: its frozen features, or fine-tuning.
+
+    Example: [bold]unmask eval runs/mae-001 --data sample:fashion --probe linear --labels 0.1[/bold]
+    """
+    import unmask
+    from unmask.config import words as as_options
+
+    ticker = speech.Ticker()
+    try:
+        scores = unmask.evaluate(
+            model,
+            data,
+            probe,
+            labels=labels,
+            seed=seed,
+            device=device,
+            baseline=baseline,
+            out=out,
+            talk=ticker,
+            model_options=as_options(words or []),
+        )
+    finally:
+        ticker.stop()
+    if json:
+        speech.as_json(scores)
+        return
+    from unmask.api.closing import score_rows
+
+    names, rows = score_rows(scores)
+    share = "" if labels == 1.0 else f", {100 * labels:g} % of the labels"
+    speech.table((f"{scores['probe']} on {scores['data']}{share}", *names), rows)
