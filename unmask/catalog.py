@@ -152,12 +152,12 @@ def card(slug: str) -> Card:
 
 def recipes(slug: str) -> dict[str, Any]:
     """The recipes of a system by name, as plain mappings. A system without recipes has none."""
-    import yaml
+    from unmask.plain_yaml import read_yaml
 
     path = card(slug).beside("recipes.yaml")
     if path is None:
         return {}
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    values = read_yaml(path.read_text(encoding="utf-8")) or {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: recipes are a mapping from name to options")
     return values

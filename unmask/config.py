@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from unmask.errors import UserError, nearest
+from unmask.plain_yaml import read_yaml
 
 __all__ = ["Config", "Field", "field_names", "merged", "override", "parse_word", "validated"]
 
@@ -88,12 +88,9 @@ def parse_word(word: str) -> tuple[str, Any]:
     if not equals or not key.strip():
         raise UserError(f"{word!r} is no option: write key=value, for example mask_ratio=0.6")
     try:
-        value = yaml.safe_load(text) if text.strip() else text
+        value = read_yaml(text) if text.strip() else text
     except yaml.YAMLError:
         value = text
-    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a word
-        with contextlib.suppress(ValueError):
-            value = float(value)
     return key.strip(), value
 
 

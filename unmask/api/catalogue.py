@@ -6,6 +6,7 @@ from typing import Any
 
 from unmask import catalog
 from unmask.config import Config
+from unmask.plain_yaml import read_yaml
 
 
 def info(system: str) -> dict[str, Any]:
@@ -19,9 +20,7 @@ def info(system: str) -> dict[str, Any]:
     out["options"] = options(card.load().Config) if card.entry else []
     claim = card.beside("claim.yaml")
     if claim is not None:
-        import yaml
-
-        out["claim"] = yaml.safe_load(claim.read_text(encoding="utf-8"))
+        out["claim"] = read_yaml(claim.read_text(encoding="utf-8"))
     return out
 
 

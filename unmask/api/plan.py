@@ -117,17 +117,11 @@ def plan(
 def _validated(
     stage: recipes.StageRecipe, recipe: recipes.Recipe, cls: type[Trainable], values: Layer, source: Source
 ) -> StagePlan:
-    train = validated(TrainSettings, _spelled(values["train"]), where="train")
+    train = validated(TrainSettings, values["train"], where="train")
     data = _data_settings(values, recipe)
     batches = Batches(source, data, train.batch_size, train.seed)
     model = cls.adapted(validated(cls.Config, values["model"], where=recipe.system), batches.facts)
     return StagePlan(stage.name, cls, model, data, train, source, batches, stage.reads)
-
-
-def _spelled(train: Mapping[str, Any]) -> dict[str, Any]:
-    """YAML reads the words on and off as truth values; ``compile`` means the words."""
-    compiled = train.get("compile")
-    return {**train, "compile": "on" if compiled else "off"} if isinstance(compiled, bool) else dict(train)
 
 
 def _data_settings(values: Layer, recipe: recipes.Recipe) -> DataSettings:

@@ -11,6 +11,7 @@ import yaml
 
 from unmask import catalog
 from unmask.errors import UserError, nearest
+from unmask.plain_yaml import read_yaml
 
 _KEYS = ("about", "data", "model", "train", "stages")
 _STAGE_KEYS = ("name", "entry", "data", "model", "train", "from")
@@ -65,7 +66,7 @@ def from_file(path: str | Path) -> Recipe:
     """A recipe file: the keys of a recipe and ``system: slug``. Raises ``UserError`` naming the file."""
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no recipe file {path}: check the path, or name a system (unmask list)") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -35,6 +35,7 @@ from pydantic import model_validator
 from unmask import catalog
 from unmask.config import Config, Field, merged, validated, words
 from unmask.errors import UserError, nearest
+from unmask.plain_yaml import read_yaml
 
 PROBES = ("ridge", "linear", "knn", "attentive", "finetune", "dense", "accuracy")
 PARTS = ("data", "model", "train")
@@ -161,7 +162,7 @@ def read_claim(path: Path, where: str = "") -> Claim:
     """The claim in one file. Raises ``UserError`` in one line naming the file, the key and what it takes."""
     where = where or str(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except yaml.YAMLError as error:

@@ -18,6 +18,7 @@ import yaml
 
 from unmask.claims.claim import Metric, Tier
 from unmask.claims.materials import short
+from unmask.plain_yaml import read_yaml
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Job:
 
 def read_job(folder: Path) -> Job:
     """The job that ``write`` put there."""
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe = read_yaml((folder / "recipe.yaml").read_text(encoding="utf-8"))
     return Job(folder=folder, recipe=recipe, **json.loads((folder / "job.json").read_text(encoding="utf-8")))
 
 

@@ -44,7 +44,7 @@ class Training:
         if settings.channels_last:
             model.to(memory_format=torch.channels_last)
         self.whole = WholeModel(model, place) if place.sharded else None
-        self.compiled = should_compile(settings.compile, self.device, self.steps)
+        self.compiled = should_compile(settings.compile, self.device)
         if self.compiled:
             compile_blocks(model.blocks_to_compile(), forgiving=settings.compile == "auto")
         self.module: nn.Module = distribute(model, place)

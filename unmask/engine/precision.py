@@ -11,8 +11,6 @@ from torch import nn
 from unmask.contracts import default_device
 from unmask.errors import UserError
 
-LONG_ENOUGH_TO_COMPILE = 300  # steps on a CPU; the C++ compiler takes about as long as these save
-
 
 def chosen_device(name: str) -> torch.device:
     """The device that ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps`` ... names. Raises ``UserError`` when absent."""
@@ -62,23 +60,10 @@ def _cpu_multiplies_bf16() -> bool:
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
-def should_compile(choice: str, device: torch.device, steps: int) -> bool:
-    """``auto``: on a GPU; on a CPU when the run is long enough to win back the compile time and a compiler exists."""
-    if choice != "auto":
-        return choice == "on"
-    if device.type == "cuda":
-        return True
-    return device.type == "cpu" and steps > LONG_ENOUGH_TO_COMPILE and _has_cpp_compiler()
-
-
-@functools.cache
-def _has_cpp_compiler() -> bool:
-    try:
-        from torch._inductor.cpp_builder import get_cpp_compiler
-
-        return bool(get_cpp_compiler())
-    except Exception:  # inductor has a name for each way of lacking one, and they change between versions
-        return False
+def should_compile(choice: str, device: torch.device) -> bool:
+    """``auto``: on a CUDA GPU. Not on a CPU, where compiled blocks were measured to be no faster (``bench/mae.py``): matrix
+    products take most of a step there, and they are the same."""
+    return device.type == "cuda" if choice == "auto" else choice == "on"
 
 
 def compile_blocks(blocks: list[nn.Module], *, forgiving: bool = False) -> None:

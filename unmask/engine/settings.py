@@ -59,7 +59,7 @@ class TrainSettings(Config):
         description="arithmetic of the forward pass; auto: bf16 where the hardware multiplies it fast, else fp32",
     )
     compile: Literal["auto", "on", "off"] = Field(
-        "auto", description="compile the repeated blocks; auto: where it pays within the run"
+        "auto", description="compile the repeated blocks; auto: on a CUDA GPU"
     )
     channels_last: bool = Field(False, description="store images and convolutions with channels last")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the moving average of the weights; 0: none")

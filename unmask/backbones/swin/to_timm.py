@@ -10,6 +10,8 @@ from torch import Tensor
 from unmask.backbones.swin.model import Swin
 from unmask.contracts import Encoder
 from unmask.errors import UserError
+from unmask.nn.patch import tuple_of
+from unmask.nn.windows import clamp_window
 from unmask.official.export import TimmTwin
 
 
@@ -29,6 +31,7 @@ def timm_twin(encoder: Encoder) -> TimmTwin:
     for option, present in unknown.items():
         if present:
             raise UserError(f"timm has no Swin with {option}: export --to safetensors or onnx")
+    _refuse_other_windows(swin)
     arguments: dict[str, Any] = {
         "img_size": list(swin.image_size),
         "patch_size": swin.patch_size[0] if len(set(swin.patch_size)) == 1 else list(swin.patch_size),
@@ -45,6 +48,21 @@ def timm_twin(encoder: Encoder) -> TimmTwin:
         arguments["pretrained_window_sizes"] = list(c.pretrained_windows or (0,) * len(c.depths))
         return TimmTwin("swinv2_tiny_window8_256", arguments, _state(swin))
     return TimmTwin("swin_tiny_patch4_window7_224", arguments, _state(swin))
+
+
+def _refuse_other_windows(swin: Swin) -> None:
+    """On a map smaller than the window, the authors shrink both sides to the shorter one, timm each side to its own."""
+    size, window = swin.grid(), tuple_of(swin.config.window_size, 2)
+    for stage in range(len(swin.config.depths)):
+        ours = clamp_window(size, window, (0, 0))[0]
+        theirs = tuple(min(s, w) for s, w in zip(size, window, strict=True))
+        if ours != theirs:
+            height, width = swin.image_size
+            raise UserError(
+                f"timm would cut stage {stage + 1} of a {height}x{width} Swin into windows of {theirs}, this one has {ours}: "
+                "export --to onnx or safetensors, or train with a square --image-size"
+            )
+        size = tuple((s + 1) // 2 for s in size)
 
 
 def _state(swin: Swin) -> dict[str, Tensor]:
