@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from unmask.contracts import Encoder, Picture, Preprocessing
+from unmask.data.showing import displayable, uint8_images
 from unmask.engine.pictures import picture_grid
-from unmask.systems.prediction.inputs import shown
 
 
 def confusion_picture(
@@ -89,7 +89,7 @@ def feature_picture(
     h, w = deepest.shape[-2:]
     colours = principal_colours(deepest.flatten(2).transpose(1, 2)).unflatten(1, (h, w))
     colours = colours.mul(255).round().byte().cpu().numpy()
-    originals = shown(images, preprocessing or encoder.preprocessing)
+    originals = uint8_images(displayable(images, preprocessing or encoder.preprocessing))
     rows = [[_enlarged(a, size), _enlarged(b, size)] for a, b in zip(originals, colours, strict=True)]
     caption = "Each patch's token, projected on the first three principal components of these images' tokens."
     return Picture(name, ["image", "first three components of the patch tokens"], rows, caption)

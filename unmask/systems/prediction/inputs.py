@@ -92,18 +92,3 @@ def standardised(images: Sequence[np.ndarray], preprocessing: Preprocessing) -> 
     mean = torch.tensor(preprocessing.mean, dtype=torch.float32)[:, None, None]
     std = torch.tensor(preprocessing.std, dtype=torch.float32)[:, None, None]
     return (torch.cat(rows) - mean) / std
-
-
-def shown(images: Tensor, preprocessing: Preprocessing | None) -> np.ndarray:
-    """Standardised ``[B, C, H, W]`` -> uint8 ``[B, H, W, 3]`` as a person sees it: one channel as grey, of many the first three.
-
-    Without preprocessing each image is stretched from its smallest to its largest value.
-    """
-    x = images.detach().float().cpu()
-    if preprocessing is not None and len(preprocessing.mean) == x.shape[1]:
-        x = x * torch.tensor(preprocessing.std)[:, None, None] + torch.tensor(preprocessing.mean)[:, None, None]
-    else:
-        low, high = x.amin(dim=(1, 2, 3), keepdim=True), x.amax(dim=(1, 2, 3), keepdim=True)
-        x = (x - low) / (high - low).clamp_min(1e-12)
-    x = x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)
-    return x.mul(255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()

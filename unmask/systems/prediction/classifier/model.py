@@ -25,11 +25,12 @@ from unmask.backbones import BackboneConfig, build_encoder
 from unmask.config import Config, Field
 from unmask.contracts import Batch, DataFacts, Encoder, Losses, Picture, Progress, Trainable
 from unmask.data.mixing import Mixing, mix
+from unmask.data.showing import displayable, uint8_images
 from unmask.draw import Draw
 from unmask.errors import UserError
 from unmask.official.hub import load_encoder
 from unmask.systems.prediction.classifier.transfer import transfer
-from unmask.systems.prediction.inputs import fit_channels, preprocessing_of, read_image, shown, standardised
+from unmask.systems.prediction.inputs import fit_channels, preprocessing_of, read_image, standardised
 from unmask.systems.prediction.results import Scores, bars
 
 SOFT = ("drop_path", "position", "relative")  # a backbone's options that fine-tuning may choose anew
@@ -189,7 +190,9 @@ class Classifier(Trainable):
         probabilities = self.logits(images).float().softmax(dim=1).cpu()
         labels = batch["label"][:8].tolist() if batch.get("label") is not None else [None] * len(images)
         rows = []
-        for image, scores, label in zip(shown(images, self.encoder.preprocessing), probabilities, labels, strict=True):
+        for image, scores, label in zip(
+            uint8_images(displayable(images, self.encoder.preprocessing)), probabilities, labels, strict=True
+        ):
             right = None if label is None else self.classes[label]
             ranked = Scores(scores, self.classes).top(5)
             rows.append([np.asarray(image), np.asarray(bars(ranked, size=160, right=right))])
@@ -211,7 +214,7 @@ class Classifier(Trainable):
             read = [read_image(x, start + i) for i, x in enumerate(inputs[start : start + batch_size])]
             images = standardised([fit_channels(a, preprocessing.channels, n) for a, n in read], preprocessing)
             probabilities = self.logits(images.to(device)).float().softmax(dim=1).cpu()
-            seen = shown(images, preprocessing)
+            seen = uint8_images(displayable(images, preprocessing))
             results += [
                 Scores(p, self.classes, source=name, image=picture)
                 for p, (_, name), picture in zip(probabilities, read, seen, strict=True)
