@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from unmask.contracts import Progress, Trainable
 from unmask.draw import Scoped, Seeded
 from unmask.engine import failure
+from unmask.engine.allocator import keep_freed_memory
 from unmask.engine.checkpoint import generators, restore_generators
 from unmask.engine.distributed import Place, WholeModel, distribute, unsynchronised, whole_state
 from unmask.engine.ema import Ema
@@ -40,6 +41,8 @@ class Training:
         self.steps = settings.total_steps(batches.steps_per_epoch)
         self.steps_per_epoch: int | None = batches.steps_per_epoch
         self.share = settings.batch_size // (place.world * settings.accumulate)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         model.to(self.device)
         if settings.channels_last:
             model.to(memory_format=torch.channels_last)
