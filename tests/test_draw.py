@@ -153,3 +153,8 @@ def test_scopes_prefix_every_kind():
     scoped.normal("b", (1,))
     scoped.integers("c", 0, 3, (1,))
     assert set(recorder.recorded) == {"loss.a", "loss.b", "loss.c"}
+
+
+def test_gumbel_noise_is_finite_at_both_ends_of_the_uniform():
+    ends = torch.tensor([0.0, 1 - 2.0**-24])
+    assert torch.isfinite(gumbel(Replay({"g": ends}), "g", (2,))).all()

@@ -249,11 +249,11 @@ class Trainable(nn.Module):
         return None
 
     # --- telling a person ---
-    def preview(self, batch: Batch, draw: Draw) -> list[Picture]:
+    def preview(self, batch: Batch, draw: Draw, progress: Progress | None = None) -> list[Picture]:
         """Pictures for the report, of at most eight samples."""
         return []
 
-    def references(self, batch: Batch, draw: Draw) -> Losses:
+    def references(self, batch: Batch, draw: Draw, progress: Progress | None = None) -> Losses:
         """The loss that trivial predictors reach on the same batch and the same hidden parts: name -> scalar.
 
         The key of each is words a person reads ("mean of the visible"). Empty where no such thing exists.

@@ -243,9 +243,10 @@ def bernoulli(
 
 
 def gumbel(draw: Draw, name: str, shape: Sequence[int], *, device: torch.device | str = "cpu") -> Tensor:
-    """Standard Gumbel noise, -log(-log u); u is kept away from 0 and 1 by half a step of the 24-bit grid."""
-    uniform = draw.uniform(name, shape, device=device) + 2.0**-25
-    return -(-uniform.log()).log()
+    """Standard Gumbel noise, -log(-log u), always finite: u is kept away from 0 and 1 by half a step of the 24-bit grid (in
+    float64, where that half step still counts)."""
+    uniform = draw.uniform(name, shape, device=device).double() + 2.0**-25
+    return -(-uniform.log()).log().float()
 
 
 def permutation(draw: Draw, name: str, shape: Sequence[int], *, device: torch.device | str = "cpu") -> Tensor:

@@ -200,3 +200,13 @@ def test_a_replayed_step_hides_the_same():
     model, recorder = made(), Recorder(Seeded(9))
     first = model.mask(IMAGES, recorder).hidden
     assert torch.equal(model.mask(IMAGES, Replay(recorder.recorded)).hidden, first)
+
+
+def test_references_and_previews_follow_the_schedule_of_colours():
+    system = made(schedule=((2, "red"),))
+    images = torch.randn(4, system.encoder.in_channels, *system.encoder.image_size)
+    late = Progress(step=5, steps=10, epoch=3.0, epochs=4.0)
+    assert system.color_at(late) == "red"
+    early, later = (system.references({"image": images}, Seeded(0), p) for p in (Progress(), late))
+    assert early["bilinear fill"] != later["bilinear fill"]
+    assert "uses red" in system.preview({"image": images}, Seeded(0), late)[-1].caption

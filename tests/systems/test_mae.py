@@ -147,7 +147,6 @@ def official_names(system: MAE) -> dict[str, torch.Tensor]:
         for ours, theirs in names.items():
             key = key.replace(ours, theirs) if key.startswith(ours) else key
         out["mask_token" if key == "decoder.mask_token" else key] = value
-    out["mask_token"] = out["mask_token"].reshape(1, 1, -1)
     for name, width in (("pos_embed", 32), ("decoder_pos_embed", 16)):
         table = (
             system.encoder.positions(system.grid, torch.device("cpu"))
@@ -185,3 +184,30 @@ def test_the_step_cost_is_a_quarter_of_the_tokens():
     system.encoder.blocks[0].register_forward_hook(lambda _m, args, _o: seen.append(args[0].shape[1]))
     system.loss({"image": images()}, Seeded(0))
     assert seen == [1 + math.ceil(16 * 0.25)]
+
+
+def test_the_pca_basis_is_that_of_the_patches_hidden_first():
+    from sklearn.decomposition import PCA
+
+    from unmask.nn.patch import select
+
+    system = model(target="pca", pca_components=5)
+    x = images(16)
+    system.loss({"image": x}, Seeded(0))
+    rows = select(system.patches(x), system.mask(x, Seeded(0)).hide).flatten(0, 1)
+    wanted = PCA(5).fit(rows.numpy())
+    overlap = torch.as_tensor(wanted.components_).float() @ system.pca_basis
+    assert torch.allclose(overlap.abs(), torch.eye(5), atol=1e-3)
+    before = system.pca_basis.clone()
+    system.loss({"image": images(16) * 2}, Seeded(1))
+    assert torch.equal(system.pca_basis, before), "fitted once"
+
+
+def test_only_parameters_with_one_axis_are_spared_from_decay_as_in_the_authors_code():
+    spared = [n for g in model().parameter_groups() if g.decay_scale == 0 for n in g.names]
+    shapes = dict(model().named_parameters())
+    assert spared
+    assert all(shapes[n].ndim == 1 for n in spared)
+    assert {"encoder.cls_token", "decoder.mask_token"} <= {
+        n for g in model().parameter_groups() if g.decay_scale for n in g.names
+    }

@@ -20,7 +20,7 @@ def block_mask(
     grid: tuple[int, ...],
     hidden: int,
     *,
-    min_area: int = 16,
+    min_area: int | None = None,
     max_area: int | None = None,
     min_aspect: float = 0.3,
     name: str = "blocks",
@@ -36,8 +36,11 @@ def block_mask(
     random place on, until the count is complete.
 
     Draws ``uniform(name, [batch, 32, 4])`` and ``uniform(name + ".rest", [batch])``; a sample's mask depends on its own
-    draws only. min_area and max_area in tokens. Raises ``UserError`` for counts and sizes that cannot be.
+    draws only. min_area and max_area in tokens; the least
+    is BEiT's 16, or a quarter of what is hidden where that is smaller. Raises ``UserError`` for counts and sizes that cannot be.
     """
+    if min_area is None:
+        min_area = max(1, min(16, hidden // 4))
     rows, columns = _checked(grid, hidden, min_area, max_area, min_aspect)
     uniform = draw.uniform(name, (batch, CANDIDATES, 4), device=device)
     rest = draw.uniform(f"{name}.rest", (batch,), device=device)

@@ -29,7 +29,7 @@ class PatchDecoder(nn.Module):
         super().__init__()
         self.prefix = prefix
         self.embed = nn.Linear(in_dim, config.embed_dim)
-        self.mask_token = nn.Parameter(torch.zeros(config.embed_dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
         self.blocks = nn.ModuleList(
             Block(config.embed_dim, config.num_heads, mlp_ratio=config.mlp_ratio, norm_eps=config.norm_eps)
             for _ in range(config.depth)
@@ -40,7 +40,7 @@ class PatchDecoder(nn.Module):
 
     def positions(self, grid: tuple[int, ...], device: torch.device) -> Tensor:
         """The fixed table ``[N, embed_dim]``."""
-        return sincos_table(self.mask_token.shape[0], grid).to(device)
+        return sincos_table(self.mask_token.shape[2], grid).to(device)
 
     def sequence(self, encoded: Tensor, keep: Tensor, hide: Tensor, grid: tuple[int, ...]) -> Tensor:
         """What the blocks see: ``[B, prefix + V + M, D']`` from ``encoded [B, prefix + V, D]`` and token ids.

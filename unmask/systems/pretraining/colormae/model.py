@@ -100,18 +100,22 @@ class ColorMAE(MAE):
         return self._banks[key]
 
     @torch.no_grad()
-    def preview(self, batch: Batch, draw: Draw) -> list[Picture]:
+    def preview(self, batch: Batch, draw: Draw, progress: Progress | None = None) -> list[Picture]:
         """Reconstructions, and for each colour a mask of the same images."""
         images = batch["image"][:4]
         ratio = 1 - visible_count(self.grid[0] * self.grid[1], self.config.mask_ratio) / (self.grid[0] * self.grid[1])
         rows = [
             [_shown(m) for m in masks] for masks in zip(*(self._masks(c, images, draw) for c in COLORS), strict=True)
         ]
-        caption = f"Masks by colour, {ratio:.0%} hidden (dark). This run uses {self.config.color}."
-        return [*super().preview(batch, draw), Picture("masks", list(COLORS), rows, caption)]
+        caption = f"Masks by colour, {ratio:.0%} hidden (dark). This step uses {self.color_at(progress)}."
+        return [*super().preview(batch, draw, progress), Picture("masks", list(COLORS), rows, caption)]
 
     def _masks(self, color: str, images: Tensor, draw: Draw) -> Tensor:
         return self.mask_of(color, images, draw).on_grid().cpu()
+
+    def no_weight_decay(self) -> set[str]:
+        """mmpretrain's recipe also spares the class and mask tokens."""
+        return super().no_weight_decay() | {"encoder.cls_token", "decoder.mask_token"}
 
 
 def _shown(hidden: Tensor) -> np.ndarray:

@@ -62,5 +62,5 @@ def run_case(
     grid = (side, side) if isinstance(side, int) else tuple(side)
     names = ("top", "left", "flip_horizontal", "flip_vertical")
     draw = Replay({name: tensors[f"draw.{name}"] for name in names})
-    mask = shared_crop_mask(tensors["in.bank"].float(), draw, config["batch_size"], grid, config["mask_ratio"])
+    mask = shared_crop_mask(tensors["in.bank"], draw, config["batch_size"], grid, config["mask_ratio"])
     return {"mask": mask.hidden.to(torch.float32), "visible_ids": mask.keep}, None, {}

@@ -24,6 +24,7 @@ from unmask.draw import Draw
 from unmask.errors import UserError
 from unmask.masks.mask import Mask
 from unmask.masks.random import mask_from_scores, random_mask, visible_count
+from unmask.nn.collective import summed_over_processes
 from unmask.nn.decoder import PatchDecoder
 from unmask.nn.losses import reconstruction_loss, standardise_patches
 from unmask.nn.patch import patchify, select, unpatchify
@@ -61,8 +62,9 @@ class MAE(Trainable):
     def __init__(self, config: Config):
         super().__init__(config)
         self.encoder = encoder = build_encoder(config.backbone)
-        wanted = "can_replace" if config.mask_tokens_in_encoder else "can_drop"
-        need(encoder, wanted, system=self.slug, instead="simmim")
+        need(encoder, "can_drop", system=self.slug, instead="simmim")
+        if config.mask_tokens_in_encoder:
+            need(encoder, "can_replace", system=self.slug)
         self.grid = encoder.grid()
         visible_count(math.prod(self.grid), config.mask_ratio)  # complains early
         values = math.prod(encoder.patch_size) * encoder.in_channels
@@ -124,24 +126,23 @@ class MAE(Trainable):
         return reconstruction_loss(predicted, target, standardise=self.config.target == "standardised")
 
     def coefficients(self, patches: Tensor) -> Tensor:
-        """PCA coefficients ``[..., K]``; the basis is taken from the first patches seen in training."""
+        """PCA coefficients ``[..., K]``; the basis is taken from the patches hidden first, of all processes together."""
         basis, mean = cast(Tensor, self.pca_basis), cast(Tensor, self.pca_mean)
         if self.training and not bool(basis.any()):
-            flat = patches.detach().flatten(0, 1).float()
-            mean.copy_(flat.mean(dim=0))
-            vectors = torch.linalg.svd(flat - mean, full_matrices=False).Vh[: basis.shape[1]]
-            basis[:, : len(vectors)] = vectors.T
+            found = principal_components(patches.detach().flatten(0, 1), basis.shape[1])
+            mean.copy_(found[0])
+            basis.copy_(found[1])
         return (patches.float() - mean) @ basis
 
     # --- telling a person ---
-    def references(self, batch: Batch, draw: Draw) -> Losses:
+    def references(self, batch: Batch, draw: Draw, progress: Progress | None = None) -> Losses:
         """The loss of trivial fills of the same hidden patches, in the target's units.
 
         Where targets are standardised, a filled patch loses its mean and is divided by the mean contrast of the image's
         visible patches: what a guess could know without having seen the patch.
         """
         images = batch["image"]
-        mask = self.mask(images, draw)
+        mask = self.mask(images, draw, progress)
         target, seen = (select(self.patches(images), ids).float() for ids in (mask.hide, mask.keep))
         found = {}
         for words, filled in fills(
@@ -157,9 +158,9 @@ class MAE(Trainable):
         return found
 
     @torch.no_grad()
-    def preview(self, batch: Batch, draw: Draw) -> list[Picture]:
+    def preview(self, batch: Batch, draw: Draw, progress: Progress | None = None) -> list[Picture]:
         images = batch["image"][:8]
-        mask = self.mask(images, draw)
+        mask = self.mask(images, draw, progress)
         encoded = self.encode(images, mask)
         predicted = self.decoder.all_tokens(encoded, mask.keep, mask.hide, mask.grid).float()
         caption, more = "", {}
@@ -186,7 +187,22 @@ class MAE(Trainable):
         return [*self.encoder.blocks_to_compile(), *self.decoder.blocks]
 
     def no_weight_decay(self) -> set[str]:
-        return {f"encoder.{n}" for n in self.encoder.no_weight_decay()}
+        """The authors' pre-training spares parameters with one axis only; the class and mask tokens, with three, decay."""
+        return {f"encoder.{n}" for n in self.encoder.no_weight_decay() if n not in ("cls_token", "pos_embed")}
+
+
+def principal_components(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Mean ``[P]`` and the ``count`` first principal directions ``[P, count]`` of ``rows [n, P]``, float32, over the rows of
+    all processes. Of either sign of a direction the one whose largest component is positive."""
+    rows = rows.double()
+    ones = rows.new_ones(len(rows), 1)
+    together = torch.cat((ones, rows), dim=1)
+    moments = summed_over_processes(together.T @ together)
+    number, total = moments[0, 0], moments[0, 1:]
+    mean = total / number
+    directions = torch.linalg.eigh(moments[1:, 1:] / number - mean[:, None] * mean).eigenvectors.flip(1)[:, :count]
+    largest = directions.gather(0, directions.abs().argmax(dim=0, keepdim=True))
+    return mean.float(), (directions * largest.sign()).float()
 
 
 def grid_mask(noise: Tensor, ratio: float, grid: tuple[int, ...]) -> Mask:

@@ -117,8 +117,7 @@ class SimMIM(Trainable):
             unit = tuple(1 if self.encoder.can_replace else s for s in scale)  # a convnet's blocks are made of cells
             grid = tuple(n * s // u for n, s, u in zip(cells, scale, unit, strict=True))
             hidden = hidden_cells(math.prod(grid), c.mask_ratio)
-            area = max(1, min(16, hidden // 4))  # BEiT's least block, smaller on small grids
-            mask = block_mask(draw, batch, grid, hidden, min_area=area, device=device)
+            mask = block_mask(draw, batch, grid, hidden, device=device)
             wide = mask.pixels(unit)[:, 0]
             return Mask(wide.flatten(1), tuple(wide.shape[1:]), hidden * math.prod(unit))
         order = permutation(draw, "permutation", (batch, math.prod(cells)), device=device)
@@ -194,7 +193,7 @@ class SimMIM(Trainable):
         return plain if channels == len(plain.mean) else Preprocessing((0.5,) * channels, (0.25,) * channels)
 
     # --- telling a person ---
-    def references(self, batch: Batch, draw: Draw) -> Losses:
+    def references(self, batch: Batch, draw: Draw, progress: Progress | None = None) -> Losses:
         """The loss of trivial fills of the same hidden pixels; for bins, of the visible pixels' histogram."""
         images = batch["image"]
         mask = self.mask(images, draw)
@@ -212,7 +211,7 @@ class SimMIM(Trainable):
         return found
 
     @torch.no_grad()
-    def preview(self, batch: Batch, draw: Draw) -> list[Picture]:
+    def preview(self, batch: Batch, draw: Draw, progress: Progress | None = None) -> list[Picture]:
         images = batch["image"][:8]
         mask = self.mask(images, draw)
         guess = self.reconstruction(self.features(images, mask), images)
