@@ -111,7 +111,9 @@ class Encoder(nn.Module):
     in_channels: int = 3
     image_size: tuple[int, ...] = (224, 224)
     patch_size: tuple[int, ...]  # pixels of one token where tokens enter
-    strides: tuple[int, ...]  # pixels of one cell of each map in ``maps``
+    strides: tuple[
+        int, ...
+    ]  # pixels of one cell of each map in ``maps`` (along the width, where patches are not square)
     map_dims: tuple[int, ...]  # channels of each map
     prefix_tokens: int = 0
     num_layers: int = 0  # blocks, for layer-wise decay: ids 0 (embeddings) ... num_layers, num_layers + 1 (head)
@@ -197,6 +199,10 @@ class Trainable(nn.Module):
         if hasattr(backbone, "fitted"):
             return config.model_copy(update={"backbone": backbone.fitted(facts)})
         return config
+
+    @classmethod
+    def check_batch(cls, config: Any, size: int) -> None:
+        """Raises ``UserError`` where micro-batches of ``size`` samples on a process cannot be trained on (pairs, say)."""
 
     @classmethod
     def build(cls, config: Any, sources: Mapping[str, Path] | None = None) -> Trainable:

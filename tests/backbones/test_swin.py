@@ -11,7 +11,14 @@ from torch.nn import functional as F
 from unmask.backbones import build
 from unmask.backbones.swin.attention import log_spaced_coordinates
 from unmask.backbones.swin.model import Swin
-from unmask.backbones.swin.official import SwinWithHead, load_encoder, load_official, load_with_head, run_case
+from unmask.backbones.swin.official import (
+    SwinWithHead,
+    drop_path_draw,
+    load_encoder,
+    load_official,
+    load_with_head,
+    run_case,
+)
 from unmask.draw import Replay, Seeded
 from unmask.errors import UserError
 from unmask.nn.positions import resize_relative_table
@@ -308,3 +315,77 @@ def test_a_map_that_timm_would_cut_otherwise_is_not_exported_to_it():
     with pytest.raises(UserError, match="timm would cut stage 2"):
         timm_twin(build("swin_tiny", image_size=(64, 32), **options))
     timm_twin(build("swin_tiny", image_size=(32, 32), **options))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 6])
+def test_recorded_drop_paths_are_read_with_and_without_the_block_that_never_drops(batch):
+    """Four blocks: calls of the authors' code number 2 x 3, as its first block draws nothing."""
+    uniform = torch.rand(4, 2, batch, generator=torch.Generator().manual_seed(2))
+    expected = uniform.permute(2, 0, 1)
+    calls = uniform[1:].flatten(0, 1)
+    for given in (uniform.flatten(0, 1), expected, uniform):
+        torch.testing.assert_close(drop_path_draw({"draw.drop_path": given}, batch, 4).tensors["drop_path"], expected)
+    named = {f"draw.drop_path.{i}": u for i, u in enumerate(calls)}
+    blocks = {
+        f"draw.drop_path.blocks.{i}.{n}": uniform[i, b][:, None, None]
+        for i in range(1, 4)
+        for b, n in enumerate(("attn", "mlp"))
+    }
+    layers = {
+        f"draw.drop_path.layers.{i // 2}.blocks.{i % 2}.{n}": uniform[i, b]
+        for i in range(1, 4)
+        for b, n in enumerate(("attn", "mlp"))
+    }
+    single = [{"draw.drop_path": v} for v in (calls, calls[:, :, None, None], uniform[1:])]
+    for tensors in (*single, named, blocks, layers):
+        found = drop_path_draw(tensors, batch, 4).tensors["drop_path"]
+        torch.testing.assert_close(found[:, 1:], expected[:, 1:])
+        assert (found[:, 0] > 0.99).all()
+
+
+def test_recorded_keeps_drop_what_they_say_at_any_rate():
+    keep = torch.tensor([[1, 0], [0, 1], [1, 1], [1, 0], [0, 0], [1, 1]])
+    for value in (keep, keep.bool(), keep.float(), keep / 0.7):
+        found = drop_path_draw({"draw.drop_path": value}, 2, 4).tensors["drop_path"][:, 1:]
+        assert torch.equal((found >= 0.9).int().permute(1, 2, 0).reshape(6, 2), keep.int())
+        assert float(found.max()) < 1
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"drop_path": torch.zeros(5, 2)}, "shape [5, 2] does not fit 4 blocks and 2 samples"),
+        ({"drop_path.0": torch.zeros(2), "drop_path.1": torch.zeros(3)}, "differ in shape"),
+        ({"drop_path": torch.tensor([[-0.5, 0.5]] * 8)}, "neither uniforms"),
+    ],
+)
+def test_drop_paths_that_do_not_fit_are_one_clear_line(tensors, words):
+    with pytest.raises(UserError) as error:
+        drop_path_draw({f"draw.{k}": v for k, v in tensors.items()}, 2, 4)
+    assert words in str(error.value)
+
+
+def test_a_case_with_the_authors_drop_path_runs():
+    encoder = swin(drop_path=0.3)
+    tensors = {f"param.{k}": v for k, v in encoder.state_dict().items()} | {"in.images": images()}
+    tensors["draw.drop_path"] = torch.rand(6, 2, 1, 1)
+    config = {"image_size": 32, "window_size": 4, "num_heads": [2, 4], "drop_path_rate": 0.3}
+    draw = drop_path_draw(tensors, 2, 4)
+    torch.testing.assert_close(
+        run_case(config, tensors)[0]["features"], encoder.train().pooled(images(), draw=draw).detach()
+    )
+
+
+def test_embedded_patches_are_dropped_by_named_uniforms_in_training_only():
+    encoder = swin(drop_rate=0.25)
+    x = images()
+    whole = encoder.embed(x, None, None)
+    uniform = torch.rand(whole.shape, generator=torch.Generator().manual_seed(3))
+    draw = Replay({"dropout": uniform})
+    torch.testing.assert_close(encoder.tokens(x, draw=draw), encoder.tokens(x))
+    seen = []
+    encoder.layers[0].blocks[0].register_forward_pre_hook(lambda _module, given: seen.append(given[0]))
+    encoder.train().tokens(x, draw=draw)
+    torch.testing.assert_close(seen[0], torch.where(uniform < 0.25, 0, whole / 0.75))
+    encoder.tokens(x)
+    torch.testing.assert_close(seen[1], whole)

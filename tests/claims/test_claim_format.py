@@ -83,6 +83,17 @@ def test_every_arm_of_a_seed_has_the_same_seed_data_and_budget(toy: Path, tmp_pa
         assert arms[0].recipe["train"]["seed"] == seed
 
 
+def test_another_version_of_the_library_does_the_jobs_again(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def folders() -> set[Path]:
+        tier = claim_of("toy").tiers["tiny"]
+        return {j.folder for j in jobs_of("toy", tier, 3, Path("work"), {"sample:fashion": "sample:fashion"})}
+
+    before = folders()
+    assert folders() == before
+    monkeypatch.setattr("unmask.claims.jobs.__version__", "another")
+    assert not folders() & before
+
+
 def test_missing_data_are_told_in_one_line_before_anything_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,8 @@
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from unmask.engine import failure
 from unmask.engine.checkpoint import whole_checkpoints
@@ -134,3 +137,19 @@ def test_a_device_that_is_read_late_names_the_right_step_and_keeps_the_weights(t
     straight = train([stage()], tmp_path / "straight", describe={}, display=SilentDisplay())
     healthy = replay(tmp_path / "run", model=Toy(Toy.Config()))
     assert healthy["loss"] == pytest.approx(lines(straight, "train")[5]["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ("someones_module:System", "no installed system"),
+        ("unmask.errors:nearest", "no system that can be trained"),
+    ],
+)
+def test_a_foreign_failed_step_runs_no_code_of_its_own(tmp_path, monkeypatch, entry, words):
+    (tmp_path / "someones_module.py").write_text("raise SystemError('foreign code ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    about = {"entry": entry, "config": {}, "precision": "fp32"}
+    save_file({"batch.image": torch.zeros(1)}, tmp_path / failure.STEP_FILE, metadata={"unmask": json.dumps(about)})
+    with pytest.raises(UserError, match=words):
+        replay(tmp_path)

@@ -176,3 +176,34 @@ def test_tied_weights_are_saved(tmp_path):
     assert torch.equal(state["a"], state["b"])
     assert state["part"].tolist() == [0, 1, 2]
     assert state["word"] == "x"
+
+
+def test_a_damaged_checkpoint_takes_no_place_of_a_whole_one(tmp_path):
+    for step in (1, 2, 3):
+        folder = tmp_path / checkpoint.step_name(step)
+        folder.mkdir()
+        folders.write_json(folder / "state.json", {"files": {}, "step": step})
+    (tmp_path / "step-00000003" / "state.json").write_text("{")
+    checkpoint.prune(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_every_process_leaves_when_the_first_cannot_make_the_folder(tmp_path, first):
+    (tmp_path / "checkpoints").write_text("a file in the way")
+
+    class Two:
+        """One of two processes; the first one met a read-only disk."""
+
+        world = 2
+
+        def barrier(self):
+            raise AssertionError("the other process never comes here")
+
+        def gathered(self, value):
+            return [("Read-only file system", True), value]
+
+    place = Two()
+    place.first = first
+    with pytest.raises(UserError, match="the disk refuses"):
+        checkpoint.write(tmp_path / "checkpoints", 1, lambda _folder: pytest.fail("nothing to fill"), {}, place)

@@ -118,8 +118,10 @@ def test_averaged_weights_are_what_is_exported_and_probed(tmp_path):
     state = tmp_path / "run" / "checkpoints" / "step-00000012"
     from safetensors.torch import load_file
 
-    assert same(weights(out), load_file(state / "ema.safetensors"))
-    assert not same(weights(out), load_file(state / "model.safetensors"))
+    average, present = load_file(state / "ema.safetensors"), load_file(state / "model.safetensors")
+    assert same(weights(out), present | average)
+    assert not same(weights(out), present)
+    assert present.keys() - average.keys() == {"momentum"}, "buffers are not averaged"
 
 
 def test_the_average_is_the_written_formula(tmp_path):
@@ -160,6 +162,14 @@ def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
     assert same(weights(out), load_file(out / "checkpoints" / "step-00000004" / "model.safetensors"))
 
 
+def test_the_best_loss_is_the_loss_of_the_step_that_is_kept(tmp_path):
+    out = run(tmp_path / "run", stage(steps=9, save_every=3, log_every=4, best="loss"))
+    told = {line["step"]: line["loss"] for line in lines(out, "train")}
+    kept = json.loads((out / "checkpoints" / "step-00000009" / "state.json").read_text())["best"]
+    assert told.keys() >= {3, 6, 9}
+    assert kept["value"] == told[kept["step"]] == min(told[step] for step in (3, 6, 9))
+
+
 def test_stages_that_are_done_are_skipped_and_the_others_resumed(tmp_path):
     built = []
 
@@ -189,6 +199,24 @@ def test_resuming_a_finished_run_does_nothing_and_more_steps_go_on(tmp_path):
     assert same(before, weights(out))
     run(out, stage(schedule="constant", steps=20), resume=True)
     assert [line["step"] for line in lines(out, "train")] == list(range(1, 21))
+
+
+def test_resuming_a_finished_run_with_more_epochs_goes_on(tmp_path):
+    out = run(tmp_path / "run", stage(steps=None, epochs=1))
+    steps = read_run(out)["steps"]
+    run(out, stage(steps=None, epochs=1), resume=True)
+    assert len(losses(out)) == steps
+    run(out, stage(steps=None, epochs=2), resume=True)
+    assert [line["step"] for line in lines(out, "train")] == list(range(1, 2 * steps + 1))
+
+
+def test_processes_that_disagree_on_the_folder_are_refused(tmp_path, monkeypatch):
+    from unmask.engine.distributed import Place
+
+    monkeypatch.setattr(Place, "gathered", lambda self, value: [value, "/elsewhere"])
+    with pytest.raises(UserError, match=r"disagree on the run's folder .*/elsewhere.*give all of them one --out"):
+        run(tmp_path / "run", stage())
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -78,12 +78,12 @@ class Toy(Trainable):
         bias = self.head.bias.detach()
         self.momentum.lerp_(bias.full_tensor() if hasattr(bias, "full_tensor") else bias, 0.1)
 
-    def references(self, batch, draw):
+    def references(self, batch, draw, progress=None):
         x = batch["image"]
         hidden, share = self.mask(x, draw), x.numel() * self.config.ratio
         return {"zero": (x.square() * hidden).sum() / share, "one": ((x - 1).square() * hidden).sum() / share}
 
-    def preview(self, batch, draw):
+    def preview(self, batch, draw, progress=None):
         cell = (batch["image"][:2, :4].abs() * 50).to(torch.uint8).numpy()[:, None, :, None].repeat(3, -1).repeat(4, 1)
         return [Picture("values", ["input"], [[c] for c in cell], "what went in")]
 

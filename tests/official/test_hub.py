@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from unmask.backbones import build
@@ -23,6 +25,7 @@ from unmask.official.hub import (
 from unmask.official.load import read_checkpoint
 from unmask.systems.pretraining.colormae.model import ColorMAE
 from unmask.systems.pretraining.mae.model import MAE
+from unmask.systems.pretraining.simmim.model import SimMIM
 
 SMALL = {
     "backbone": {"name": "vit_nano_patch4", "image_size": 16, "depth": 1, "embed_dim": 32},
@@ -171,3 +174,44 @@ def test_offline_the_hub_is_one_line(model, monkeypatch):
     assert "no connection" in wrong(lambda: load_trainable("someone/model"))
     assert "no connection" in wrong(lambda: push_to_hub(model, "someone/model"))
     assert "write owner/name" in wrong(lambda: push_to_hub(model, "model"))
+
+
+def test_a_system_comes_back_without_the_file_its_backbone_began_from(tmp_path):
+    weights = tmp_path / "w.safetensors"
+    encoder = build("timm/resnet18", image_size=32)
+    save_file(encoder.model.state_dict(), weights)
+    backbone = {"name": "timm/resnet18", "image_size": 32, "weights": str(weights)}
+    model = SimMIM(configured(SimMIM, {"backbone": backbone, "cell_size": 8}))
+    save_trainable(model, tmp_path / "m")
+    weights.unlink()
+    again = load_trainable(tmp_path / "m")
+    assert torch.equal(again.encoder.model.conv1.weight, encoder.model.conv1.weight)
+    path = tmp_path / "m/config.json"
+    described = json.loads(path.read_text())
+    assert "weights" not in described["config"]["backbone"]
+    described["config"]["backbone"] |= {"weights": "/elsewhere.pth", "arguments": {"checkpoint_path": "/elsewhere.pth"}}
+    path.write_text(json.dumps(described))
+    load_trainable(tmp_path / "m")
+
+
+def test_an_encoder_reads_no_other_file_that_its_config_names(tmp_path):
+    save_encoder(build("timm/resnet18", image_size=32), tmp_path / "e")
+    path = tmp_path / "e/config.json"
+    described = json.loads(path.read_text())
+    foreign = {
+        "checkpoint_path": "/elsewhere.pth",
+        "pretrained_cfg_overlay": {"file": "/elsewhere.pth"},
+        "act_layer": "gelu",
+    }
+    described["backbone"]["options"] |= {"weights": "/elsewhere.pth", "pretrained": True, "arguments": foreign}
+    path.write_text(json.dumps(described))
+    assert load_encoder(tmp_path / "e").options["arguments"] == {"act_layer": "gelu"}
+
+
+def test_importing_the_commands_modules_runs_no_command(monkeypatch):
+    import importlib
+
+    monkeypatch.setattr("unmask.cli.app.main", lambda: pytest.fail("a command ran"))
+    for module in ("unmask.__main__", "unmask.cli.__main__"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        importlib.import_module(module)

@@ -1,4 +1,5 @@
 import math
+import re
 from itertools import pairwise
 
 from hypothesis import given
@@ -76,3 +77,9 @@ def test_numbers_read_as_a_person_writes_them():
     assert date("2025-11-25T01:06:59+00:00") == "25 November 2025, 01:06"
     assert value_text([0.9, 0.95]) == "0.9, 0.95"
     assert value_text(None) == "none"
+
+
+def test_a_charts_name_cannot_leave_its_attribute():
+    svg = str(line_chart([Line("loss", [(0, 1), (1, 2)])], name='m"><script>alert(1)</script>', title="t"))
+    assert "<script" not in svg
+    assert svg.count(re.search(r'clipPath id="([\w-]+)"', svg)[1]) == 2

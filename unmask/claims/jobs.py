@@ -1,8 +1,8 @@
 """One arm with one seed: what it does, and the folder it does it in. Imports no torch.
 
 A job's folder holds ``recipe.yaml`` (so that ``unmask train recipe.yaml`` repeats the training by itself), ``job.json``
-(what to measure), ``run/`` (the training) and ``measures/``. Its name carries a digest of the recipe: a claim that is
-changed gets new folders, one that is not goes on in the old ones.
+(what to measure), ``run/`` (the training) and ``measures/``. Its name carries a digest of the recipe and of the library's
+version: what is changed gets new folders, what is not goes on in the old ones.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from unmask import __version__
 from unmask.claims.claim import Metric, Tier
 from unmask.claims.materials import short
 from unmask.plain_yaml import read_yaml
@@ -115,7 +116,7 @@ def jobs_of(
             parts["data"]["uri"] = found[parts["data"]["uri"]]
             recipe = {"system": tier.system or slug, "about": f"{slug}, {arm}, seed {seed}", **parts}
             metrics = {name: measured(metric, found, seed) for name, metric in tier.metrics.items()}
-            digest = short(json.dumps([recipe, own.untrained], sort_keys=True, default=str))
+            digest = short(json.dumps([__version__, recipe, own.untrained], sort_keys=True, default=str))
             folder = work / f"{slug}-{plain_name(arm)}-seed{seed}-{digest}"
             steps = 0 if own.untrained else tier.budget.steps
             jobs.append(Job(folder, slug, arm, seed, own.untrained, steps, recipe, metrics))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from unmask.claims.jobs import Job
+from unmask.engine.run import cores
 from unmask.errors import UserError
 
 Talk = Callable[[str], None]
@@ -104,10 +105,6 @@ def complaint(one: Running) -> str:
 
 def told(values: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.2f}" for name, value in values.items()) or "done"
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Clock:

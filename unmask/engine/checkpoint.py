@@ -40,22 +40,15 @@ def write(root: Path, step: int, fill: Callable[[Path], None], about: Mapping[st
     Raises ``UserError`` when the disk is full or refuses; then nothing of it is left and earlier checkpoints are whole.
     """
     aside, final = root / (_ASIDE + step_name(step)), root / step_name(step)
-    problem: BaseException | None = None
-    try:
-        if place.first:
-            root.mkdir(parents=True, exist_ok=True)
-            clear_aside(root)
-            aside.mkdir()
-        place.barrier()
-        fill(aside)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        problem = error
-    if place.first and problem is None and place.world == 1:
-        problem = _publish(aside, final, step, about)
-    elif place.world > 1:
-        problem = _agreed(problem, place)
-        if problem is None:
-            problem = _agreed(_publish(aside, final, step, about) if place.first else None, place)
+
+    def prepare() -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        clear_aside(root)
+        aside.mkdir()
+
+    problem = _agreed(_tried(prepare) if place.first else None, place)  # nobody fills what is not there
+    problem = problem or _agreed(_tried(lambda: fill(aside)), place)
+    problem = problem or _agreed(_tried(lambda: _publish(aside, final, step, about)) if place.first else None, place)
     if problem is not None:
         if place.first:
             shutil.rmtree(aside, ignore_errors=True)
@@ -65,20 +58,27 @@ def write(root: Path, step: int, fill: Callable[[Path], None], about: Mapping[st
     return final
 
 
-def _publish(aside: Path, final: Path, step: int, about: Mapping[str, Any]) -> BaseException | None:
+def _publish(aside: Path, final: Path, step: int, about: Mapping[str, Any]) -> None:
+    files = {str(p.relative_to(aside)): p.stat().st_size for p in sorted(aside.rglob("*")) if p.is_file()}
+    for name in files:
+        _force(aside / name)
+    write_json(aside / "state.json", {"format": 1, "step": step, "files": files, **about})
+    _force(aside)
+    if final.exists():  # from before a resume; it is about to be the same again
+        shutil.rmtree(final)
+    os.rename(aside, final)
+    _force(final.parent)
+    replace_file(final.parent / "latest", (final.name + "\n").encode())
+
+
+def _tried(work: Callable[[], None]) -> BaseException | None:
+    """What the disk said against it, if anything."""
     try:
-        files = {str(p.relative_to(aside)): p.stat().st_size for p in sorted(aside.rglob("*")) if p.is_file()}
-        for name in files:
-            _force(aside / name)
-        write_json(aside / "state.json", {"format": 1, "step": step, "files": files, **about})
-        _force(aside)
-        if final.exists():  # from before a resume; it is about to be the same again
-            shutil.rmtree(final)
-        os.rename(aside, final)
-        _force(final.parent)
-        replace_file(final.parent / "latest", (final.name + "\n").encode())
-    except (OSError, UserError) as error:
-        return error.__cause__ if isinstance(error, UserError) and error.__cause__ is not None else error
+        work()
+    except (OSError, SafetensorError, RuntimeError) as error:
+        return error
+    except UserError as error:
+        return error.__cause__ or error
     return None
 
 
@@ -152,9 +152,10 @@ def mark_best(root: Path, step: int) -> None:
 
 
 def prune(root: Path, keep: int) -> None:
-    """Remove all but the last ``keep`` checkpoints, the best, and the latest."""
+    """Remove all but the last ``keep`` whole checkpoints, the best, and the latest."""
     names = sorted((p.name for p in root.glob("step-*")), reverse=True)
-    kept = {*names[:keep], _named(root / "best"), _named(root / "latest")}
+    whole = [name for name in names if is_whole(root / name)]
+    kept = {*whole[:keep], _named(root / "best"), _named(root / "latest")}
     for name in names:
         if name not in kept:
             with suppress(OSError):  # first the list of files, so that half a folder never looks whole

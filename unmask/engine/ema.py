@@ -12,14 +12,15 @@ from unmask.engine.distributed import local_part
 
 
 class Ema:
-    """The averaged copy of every floating-point tensor in a model's state (parameters and buffers).
+    """The averaged copy of a model's floating-point parameters. Buffers are the model's own: what was measured or fixed
+    during the training (running statistics, a basis) is not averaged with what stood there before.
 
     Each process of a sharded model averages its own shards.
     """
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
-        self.source = floating_state(model)
+        self.source = {name: p.data for name, p in model.named_parameters() if p.is_floating_point()}
         self.average = {name: tensor.detach().clone() for name, tensor in self.source.items()}
 
     @torch.no_grad()
@@ -52,14 +53,3 @@ class Ema:
     def load(self, state: Mapping[str, Tensor]) -> None:
         for name, tensor in self.average.items():
             tensor.copy_(state[name])
-
-
-def floating_state(model: nn.Module) -> dict[str, Tensor]:
-    """The floating-point tensors that a checkpoint would hold, each once, sharing memory with the model."""
-    seen: set[int] = set()
-    out: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and id(tensor) not in seen:
-            seen.add(id(tensor))
-            out[name] = tensor.detach() if not isinstance(tensor, nn.Parameter) else tensor.data
-    return out

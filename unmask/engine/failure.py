@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from unmask.config import validated
-from unmask.contracts import Batch, Progress, Trainable
+from unmask.contracts import Batch, Progress, Trainable, configured
 from unmask.draw import Draw, Recorder, Replay, Scoped
 from unmask.engine.checkpoint import load_tensors, save_tensors
 from unmask.engine.distributed import local_part
 from unmask.engine.run import mended_errors, resume_command
 from unmask.errors import UserError
+from unmask.official.hub import own_config, trainable_class
 
 STEP_FILE, MODEL_FILE = "failed-step.safetensors", "failed-model.safetensors"
 
@@ -139,7 +138,7 @@ def keep(
         "precision": precision,
         "seed": seed,
         "entry": f"{kind.__module__}:{kind.__qualname__}",
-        "config": model.config.plain() if model.config is not None else {},
+        "config": own_config(model.config.plain()) if model.config is not None else {},
         "plain": {n: v for n, v in finding.batch.items() if not isinstance(v, Tensor) and _is_plain(v)},
     }
     path = folder / STEP_FILE
@@ -194,14 +193,15 @@ def replay(run: Path | str, *, model: Trainable | None = None, device: torch.dev
     batch = {n.removeprefix("batch."): t for n, t in tensors.items() if n.startswith("batch.")} | about.get("plain", {})
     draws = {n.removeprefix("draw."): t for n, t in tensors.items() if n.startswith("draw.")}
     if model is None:
-        model = _built(about)
+        kind = trainable_class(str(about["entry"]), where=folder)
+        model = kind.build(configured(kind, own_config(about["config"])))
     model.to(device).train()
     if (folder / MODEL_FILE).exists():
         model.load_state_dict(load_tensors(folder / MODEL_FILE))
-    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(about["precision"])
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(about["precision"])
 
     def autocast() -> AbstractContextManager[Any]:
-        return torch.autocast(torch.device(device).type, kind) if kind is not None else nullcontext()
+        return torch.autocast(torch.device(device).type, dtype) if dtype is not None else nullcontext()
 
     finding = examine(model, batch, Replay(draws), Progress(**about["progress"]), about["phase"], autocast=autocast)
     return {
@@ -212,14 +212,3 @@ def replay(run: Path | str, *, model: Trainable | None = None, device: torch.dev
         "loss": finding.loss,
         "same": finding.tensor == about["tensor"],
     }
-
-
-def _built(about: Mapping[str, Any]) -> Trainable:
-    module, _, name = about["entry"].partition(":")
-    try:
-        kind: Any = import_module(module)
-        for part in name.split("."):
-            kind = getattr(kind, part)
-    except (ImportError, AttributeError):
-        raise UserError(f"the failed step needs {about['entry']}, which cannot be imported here") from None
-    return kind.build(validated(kind.Config, about["config"], where=kind.slug or name))

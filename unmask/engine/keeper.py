@@ -101,7 +101,8 @@ class Keeper:
         training, settings, done = self.training, self.settings, self.training.done
         self.display.step(done)
         last = done >= training.steps
-        logs = last or done % settings.log_every == 0
+        saves = self.due(settings.save_every) or last
+        logs = last or done % settings.log_every == 0 or (saves and bool(settings.best))  # best: of this very step
         if logs:
             training.check()
             self.log()
@@ -110,7 +111,6 @@ class Keeper:
         if self.due(settings.preview_every) or (last and settings.preview_every):
             self.preview()
         improved = self.probe([m for m in self.monitors if self.due(m.every(settings)) or (last and m.every(settings))])
-        saves = self.due(settings.save_every) or last
         if saves and settings.best in self.latest:
             improved |= self.improves(self.latest[settings.best])  # type: ignore[index]
         if saves or improved:
@@ -186,7 +186,7 @@ class Keeper:
             if model is not None:
                 batch = on_device(training.batches.samples(PREVIEW_SAMPLES), training.device)
                 with torch.no_grad():
-                    pictures = model.preview(batch, Seeded(self.settings.seed, 0))
+                    pictures = model.preview(batch, Seeded(self.settings.seed, 0), self.training.progress())
                 save_pictures(pictures, self.folder.previews, training.done)
 
     @contextmanager

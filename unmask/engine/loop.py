@@ -233,7 +233,7 @@ class Training:
             return {}
         batch, draw = self.last
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), self.place.accelerator.autocast():
-            values = self.model.references(batch, Scoped(draw, "loss"))
+            values = self.model.references(batch, Scoped(draw, "loss"), self.progress(self.done - 1))
         if self.place.sharded:  # a look without a backward pass leaves the root gathered, and the next gradients wrong
             self.model.reshard()  # type: ignore[operator]
         if not values:

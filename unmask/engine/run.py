@@ -197,12 +197,19 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, Any]:
     """What it ran on: the processor's name and cores; the engine adds the device."""
-    cpu = platform.processor() or platform.machine()
+    return {"device": None, "cpu": cpu_name(), "cores": cores(), "gpu": None}
+
+
+def cpu_name() -> str:
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"device": None, "cpu": cpu, "cores": cores, "gpu": None}
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def now() -> str:

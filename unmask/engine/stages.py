@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +75,17 @@ def train(
     try:
         for index, stage in enumerate(stages):
             path = stage_folder(out, stage.name, names)
-            if root is not None and _is_done(path, stage):
+            opened = cache(partial(_open, stage))
+            if root is not None and _is_done(path, stage, opened):
                 continue
             place = open_place(stage.settings, path / "trackers" if stage.settings.trackers else None)
             if root is None:
+                _refuse_other_folders(place, out)
                 _agreed(place, lambda: _check_folder(out, names, resume, describe))
-            if root is None and resume and _is_done(path, stage):
+            if root is None and resume and _is_done(path, stage, opened):
                 root = _open_root(out, place, describe, names, resume=True)
                 continue
-            batches = stage.batches() if callable(stage.batches) else stage.batches
+            batches = opened()
             settings = stage.settings.resolved(batches.steps_per_epoch)
             checkpoint.seed_generators(settings.seed)
             model = stage.build()
@@ -108,6 +111,10 @@ def train(
     if place is not None:
         place.barrier()
     return out
+
+
+def _open(stage: Stage) -> Any:
+    return stage.batches() if callable(stage.batches) else stage.batches
 
 
 def _prepared(model: Trainable, batches: Any) -> Trainable:
@@ -153,6 +160,14 @@ def _agreed(place: Place, check: Callable[[], None]) -> None:
     problem = place.told(problem)
     if problem is not None:
         raise UserError(problem)
+
+
+def _refuse_other_folders(place: Place, out: Path) -> None:
+    folders = dict.fromkeys(place.gathered(str(out.absolute())))
+    if len(folders) > 1:
+        raise UserError(
+            f"the processes disagree on the run's folder ({', '.join(folders)}): give all of them one --out"
+        )
 
 
 def _check_folder(out: Path, names: list[str], resume: bool, describe: Mapping[str, Any]) -> None:
@@ -229,10 +244,15 @@ def _tell_skipped(folder: RunFolder, batches: Any) -> None:
         write_json(folder.path / "skipped.json", skipped)
 
 
-def _is_done(path: Path, stage: Stage) -> bool:
-    """Whether the stage has nothing left to do; more steps than it was given before are something to do."""
+def _is_done(path: Path, stage: Stage, opened: Callable[[], Any]) -> bool:
+    """Whether the stage has nothing left to do; more steps or epochs than it was given before are something to do.
+
+    opened: gives the data, which is asked for its length only where the settings count epochs.
+    """
     if not is_run(path):
         return False
     info = read_run(path)
-    asked = stage.settings.steps
-    return info.get("state") == "done" and (asked is None or asked <= (info.get("steps") or 0))
+    if info.get("state") != "done":
+        return False
+    length = opened().steps_per_epoch if stage.settings.steps is None else None
+    return stage.settings.total_steps(length) <= (info.get("steps") or 0)

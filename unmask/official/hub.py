@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from unmask.errors import UserError
 from unmask.official.load import State, load_strict, read_checkpoint
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-_FROM_ELSEWHERE = ("pretrained", "weights")  # options that say where weights come from; a saved folder has its own
+# options of a backbone, and arguments of timm, that say where weights come from; a saved folder has its own
+_FROM_ELSEWHERE = {"pretrained", "weights", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"}
 
 
 # --- saving ---------------------------------------------------------------------------------------------------
@@ -40,7 +41,7 @@ def save_trainable(model: Trainable, folder: str | Path, *, state: Mapping[str, 
         "kind": "trainable",
         "system": model.slug,
         "entry": f"{type(model).__module__}:{type(model).__qualname__}",
-        "config": model.config.plain(),
+        "config": own_config(model.config.plain()),
         "preprocessing": encoder.preprocessing.plain() if encoder is not None and encoder.preprocessing else None,
     }
     return write_folder(Path(folder), described, model.state_dict() if state is None else state)
@@ -51,15 +52,25 @@ def save_encoder(
 ) -> Path:
     """Write an encoder so that ``load_encoder`` and ``unmask.load`` make it again, by the name and options it was built
     with. system: the slug of what trained it. Raises ``UserError``."""
-    options = {k: v for k, v in getattr(encoder, "options", {}).items() if k not in _FROM_ELSEWHERE}
     described = {
         "unmask": _version(),
         "kind": "encoder",
         "system": system,
-        "backbone": {"name": encoder.name, "options": _plain(options)},
+        "backbone": {"name": encoder.name, "options": _plain(_without_sources(getattr(encoder, "options", {})))},
         "preprocessing": encoder.preprocessing.plain() if encoder.preprocessing else None,
     }
     return write_folder(Path(folder), described, encoder.state_dict() if state is None else state)
+
+
+def own_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A system's options without where its backbone's first weights came from: a saved folder has its own."""
+    return {k: _without_sources(v) if k == "backbone" and isinstance(v, Mapping) else v for k, v in config.items()}
+
+
+def _without_sources(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A backbone's options without those that make it read another file or the network."""
+    kept = {k: v for k, v in options.items() if k not in _FROM_ELSEWHERE}
+    return {k: _without_sources(v) if k == "arguments" and isinstance(v, Mapping) else v for k, v in kept.items()}
 
 
 def _plain(value: Any) -> Any:
@@ -161,7 +172,7 @@ def load_trainable(folder_or_id: str | Path, expected: type[Trainable] | None = 
         raise UserError(
             f"{folder} holds a {cls.slug or cls.__name__}, not a {expected.slug or expected.__name__}: use unmask.load"
         )
-    model = cls.build(configured(cls, described.get("config")))
+    model = cls.build(configured(cls, own_config(described.get("config") or {})))
     load_strict(model, read_checkpoint(folder / WEIGHTS), where=folder / WEIGHTS)
     if model.encoder is not None and described.get("preprocessing"):
         model.encoder.preprocessing = Preprocessing.of(described["preprocessing"])
@@ -184,6 +195,7 @@ def load_encoder(folder_or_id: str | Path) -> Encoder:
     name, options = backbone.get("name", ""), backbone.get("options") or {}
     if not isinstance(name, str) or not isinstance(options, dict):
         raise UserError(f"{folder / CONFIG} names no backbone: it is no encoder of ours")
+    options = _without_sources(options)
     encoder = load_entry(backbone_card(name).build)(name, **options)
     encoder.name, encoder.options = name, options
     load_strict(encoder, read_checkpoint(folder / WEIGHTS), where=folder / WEIGHTS)
@@ -251,17 +263,33 @@ def hub_reason(error: BaseException) -> str:
 
 
 def _class_of(described: Mapping[str, Any], folder: Path) -> type[Trainable]:
-    """The class that a config names. Only packages that own a card are imported: a file runs no other code."""
-    slug, entry = described.get("system") or "", described.get("entry") or ""
+    slug = described.get("system") or ""
+    return trainable_class(str(described.get("entry") or card(slug).entry), where=folder)
+
+
+def trainable_class(entry: str, where: Path) -> type[Trainable]:
+    """The class that a file at ``where`` names as "module:Class". Only packages that own a card are imported, and only a
+    ``Trainable`` is taken: a file runs no other code. A system that this process has defined already needs no import.
+
+    Raises ``UserError``.
+    """
+    loaded = {f"{c.__module__}:{c.__qualname__}": c for c in _subclasses(Trainable)}
+    if entry in loaded:
+        return loaded[entry]
+    module = entry.partition(":")[0]
     trusted = {c.entry.partition(".")[0].partition(":")[0] for c in cards().values() if c.entry} | {"unmask"}
-    if entry and entry.partition(":")[0].partition(".")[0] not in trusted:
-        raise UserError(
-            f"{folder} was made by {entry.partition(':')[0]}, which is no installed system: install its package"
-        )
-    cls = load_entry(entry, slug) if entry else card(slug).load()
+    if module.partition(".")[0] not in trusted:
+        raise UserError(f"{where} was made by {module}, which is no installed system: install its package")
+    cls = load_entry(entry)
     if not (isinstance(cls, type) and issubclass(cls, Trainable)):
-        raise UserError(f"{folder / CONFIG}: {entry or slug} is no system that can be trained")
+        raise UserError(f"{where}: {entry} is no system that can be trained")
     return cls
+
+
+def _subclasses(cls: type[Trainable]) -> Iterator[type[Trainable]]:
+    for child in cls.__subclasses__():
+        yield child
+        yield from _subclasses(child)
 
 
 # --- the Hub --------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -133,6 +134,7 @@ def line_chart(
     name: unique in the page (it names the clip path). labels: write the names at the right edge instead of leaving them
     to a legend. title: what a screen reader says. share: the values are shares, the axis is in per cent.
     """
+    name = re.sub(r"[^\w-]", "-", name)  # it may hold a metric's name, which is anyone's text
     low, high = value_range(lines, levels, zero)
     xs = [x for line in lines for x, _ in line.points] or [0.0, 1.0]
     left_x, right_x = min(xs), max(xs)

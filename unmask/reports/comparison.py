@@ -10,14 +10,13 @@ from typing import Any
 
 from markupsafe import Markup
 
+from unmask import catalog
 from unmask.errors import UserError
 from unmask.reports import charts, wording
 from unmask.reports.findings import Probe, best_probe, probe_rows
 from unmask.reports.pages import render, write_page
 from unmask.reports.report import Shown, loss_line, shown_previews
 from unmask.reports.runs import Run, Stage, find_runs, read_run
-
-SUPERVISED = "classifier"
 
 
 @dataclass
@@ -35,7 +34,7 @@ class Arm:
 
     @property
     def supervised(self) -> bool:
-        return self.run.system == SUPERVISED
+        return self.run.system == catalog.supervised().slug
 
     @property
     def seconds(self) -> float | None:
@@ -101,7 +100,7 @@ def arms_of(runs: list[Run]) -> list[Arm]:
         seen[label] += 1
         if seen[label] > 1:
             label = f"{label} ({seen[label]})"
-        if run.system == SUPERVISED and label == SUPERVISED:
+        if run.system == label == catalog.supervised().slug:
             label = "supervised"
         arms.append(Arm(run, label, charts.COLORS[i % len(charts.COLORS)]))
     return arms

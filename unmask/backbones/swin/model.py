@@ -138,6 +138,7 @@ class Swin(Encoder):
         pretrained_windows: tuple[int, ...] = Field(
             (), description="version 2: the pre-training's window in each stage; 0 or nothing: the window itself"
         )
+        drop_rate: float = Field(0.0, ge=0, lt=1, description="dropout on the embedded patches")
         drop_path: float = Field(0.0, ge=0, lt=1, description="rate in the last block; from 0 in the first")
         out_norm: bool = Field(False, description="a LayerNorm for each map that `maps` returns (detection)")
         norm_eps: float = Field(1e-5, gt=0)
@@ -154,6 +155,7 @@ class Swin(Encoder):
             raise UserError(f"pretrained_windows {list(c.pretrained_windows)} needs {stages} numbers, one a stage")
         self.image_size, self.patch_size = tuple_of(c.image_size, 2), tuple_of(c.patch_size, 2)
         self.in_channels, self.embed_dim = c.in_channels, c.embed_dim * 2 ** (stages - 1)
+        # along the width; a patch that is not square has another along the height, in the ratio of its sides
         self.strides = tuple(self.patch_size[-1] * 2**i for i in range(stages))
         self.map_dims = tuple(c.embed_dim * 2**i for i in range(stages))
         self.num_layers = sum(c.depths)
@@ -272,6 +274,9 @@ class Swin(Encoder):
     ) -> list[tuple[Tensor, tuple[int, ...]]]:
         size = self.grid(x.shape[2:])
         tokens = self.embed(x, hidden, mask_token)
+        if draw is not None and self.config.drop_rate > 0 and self.training:
+            kept = draw.uniform("dropout", tuple(tokens.shape), device=x.device) >= self.config.drop_rate
+            tokens = tokens * kept / (1 - self.config.drop_rate)
         drops: list[Tensor | None] = [None] * self.num_layers
         if draw is not None and self.config.drop_path > 0 and self.training:
             drops = list(draw.uniform("drop_path", (len(x), self.num_layers, 2), device=x.device).unbind(1))

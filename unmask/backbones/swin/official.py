@@ -25,6 +25,8 @@ from unmask.official.load import Rule, load_strict, rename, without_prefix
 
 BUFFERS = Rule(r"(relative_position_index|relative_coords_table|attn_mask|table_coordinates|k_bias)$", None)
 RULES = [BUFFERS]
+OPTIONS = tuple(Swin.Config.model_fields)
+KEEP = 1 - 2**-24  # the largest uniform: below no rate
 SIMMIM_RULES = [  # a pre-training file: the encoder alone, without the token and the head
     Rule(r"^(decoder\.|mask_token$|encoder\.mask_token$)", None),
     Rule(r"^encoder\.", ""),
@@ -156,6 +158,7 @@ def encoder_options(config: Mapping[str, Any]) -> dict[str, Any]:
         "qk_scale": get("qk_scale", default=None),
         "absolute_positions": get("ape", "use_absolute_positions", "absolute_positions", default=False),
         "patch_norm": get("patch_norm", default=True),
+        "drop_rate": get("drop_rate", default=0.0),
         "drop_path": get("drop_path_rate", "drop_path", default=0.0),
         "shift": get("shift", default=True),
         "out_norm": get("out_norm", default=False),
@@ -177,31 +180,54 @@ def as_tuple(value: Any) -> Any:
 
 
 def drop_path_draw(tensors: Mapping[str, Tensor], batch: int, depth: int) -> Draw | None:
-    """Recorded drop-path uniforms as the encoder asks for them, ``[B, depth, 2]``; None where a case has none.
+    """What a case recorded of drop path, as the encoder asks for it: uniforms ``[B, depth, 2]``; and of "dropout" behind
+    the patches. None where a case has neither.
 
-    A recording holds batch, blocks and branches in any order of axes, or one tensor a block (numbered names). Booleans
-    and integers say which branches were kept.
+    A recording holds batch, blocks and branches in any order of axes, or one tensor a block or a branch (numbered names).
+    The first block, whose rate is 0, may be absent: the authors make it an identity that draws nothing. Values are
+    uniforms, or say what was kept: booleans, 0 and 1, or 0 and 1 / (1 - rate). Raises ``UserError`` for other shapes.
     """
     found = {k.removeprefix("draw."): v for k, v in tensors.items() if k.startswith("draw.") and "drop" in k}
-    if not found:
-        return None
-    if len(found) > 1:
-        numbers = sorted(found, key=lambda k: [int(n) for n in re.findall(r"\d+", k)])
-        value = torch.stack([found[k].squeeze() for k in numbers])
-    else:
-        (value,) = found.values()
-    value = value.squeeze() if value.ndim > 3 else value
-    kept = not value.is_floating_point()
-    if value.ndim == 2:  # (blocks x branches, batch): a block's two branches follow one another
-        value = value if value.shape[0] == 2 * depth else value.T
-        value = value.reshape(depth, 2, batch)
-    order = next(
-        p
-        for p in ((0, 1, 2), (2, 0, 1), (1, 0, 2), (2, 1, 0), (0, 2, 1), (1, 2, 0))
-        if tuple(value.shape[i] for i in p) == (batch, depth, 2)
+    out = {"dropout": as_uniform(found.pop("dropout"))} if "dropout" in found else {}
+    if found:
+        names = sorted(found, key=lambda k: ([int(n) for n in re.findall(r"\d+", k)], k))
+        if len({found[k].shape for k in names}) > 1:
+            raise UserError(f"the recorded drop paths {', '.join(names)} differ in shape: record all of them alike")
+        value = torch.stack([found[k] for k in names]) if len(names) > 1 else found[names[0]]
+        out["drop_path"] = blocks_and_branches(as_uniform(value), batch, depth)
+    return Replay(out) if out else None
+
+
+def as_uniform(value: Tensor) -> Tensor:
+    """Uniforms in [0, 1) as they are; of what says what was kept, numbers that keep and drop the same at any rate."""
+    value = value.float()
+    if bool(((value == 0) | (value >= 1)).all()):
+        return (value > 0) * KEEP
+    if bool(((value < 0) | (value >= 1)).any()):
+        raise UserError("recorded draws of dropping are neither uniforms in [0, 1) nor 0 and 1 (or 1 / (1 - rate))")
+    return value
+
+
+def blocks_and_branches(value: Tensor, batch: int, depth: int) -> Tensor:
+    """``[B, depth, 2]`` from any order of these axes, or a block's two branches following one another; 1s may stand last."""
+    shape = tuple(value.shape)
+    for blocks, first in ((depth, "bds"), (depth - 1, "dsb")):
+        sizes = {"b": batch, "d": blocks, "s": 2}
+        orders = (first, "dsb", "dbs", "sdb", "bds", "bsd", "sbd")
+        order = next((o for o in orders if shape == tuple(sizes[axis] for axis in o)), "dsb")
+        if shape == (batch, 2 * blocks) != (2 * blocks, batch):
+            value = value.T
+        if shape in ((2 * blocks, batch), (batch, 2 * blocks)):
+            value = value.reshape(blocks, 2, batch)
+        if tuple(value.shape) == tuple(sizes[axis] for axis in order):
+            value = value.permute([order.index(axis) for axis in "bds"])
+            return torch.cat((torch.full((batch, depth - blocks, 2), KEEP), value), dim=1)
+    if shape and shape[-1] == 1:
+        return blocks_and_branches(value.squeeze(-1), batch, depth)
+    raise UserError(
+        f"a recorded drop path of shape {list(shape)} does not fit {depth} blocks and {batch} samples: "
+        f"it takes {[2 * depth, batch]}, or {[2 * (depth - 1), batch]} without the first block"
     )
-    value = value.permute(order).float()
-    return Replay({"drop_path": value * (1 - 2**-24) if kept else value})
 
 
 class SwinWithHead(nn.Module):

@@ -66,6 +66,7 @@ class ViT(Encoder):
         self.image_size, self.patch_size = tuple_of(c.image_size, axes), tuple_of(c.patch_size, axes)
         self.in_channels, self.embed_dim, self.num_layers = c.in_channels, c.embed_dim, c.depth
         out = c.out_layers or (c.depth - 1,)
+        # along the width; a patch that is not square has another along the height, in the ratio of its sides
         self.strides, self.map_dims = (self.patch_size[-1],) * len(out), (c.embed_dim,) * len(out)
         self.prefix_tokens = 1 if c.class_token else 0
         grid = self.grid()

@@ -49,6 +49,7 @@ def load_official(state: Mapping[str, Tensor], options: Mapping[str, Any] | None
 
 
 OWN = set(ColorMAE.Config.model_fields) - set(ColorMAE.__mro__[1].Config.model_fields)  # type: ignore[attr-defined]
+OPTIONS = (*mae.OPTIONS, *sorted(OWN))
 
 
 # --- fixtures ---------------------------------------------------------------------------------------------------

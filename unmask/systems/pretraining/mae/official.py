@@ -23,6 +23,7 @@ from unmask.nn.positions import sincos_table
 from unmask.official.load import Rule, load_strict, rename, without_prefix
 from unmask.systems.pretraining.mae.model import MAE
 
+OPTIONS = ("num_heads", "decoder_num_heads", "image_size", "mask_ratio", "norm_pix_loss", "layer_norm_eps")
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 
 RULES = [

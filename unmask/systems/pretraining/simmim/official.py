@@ -42,6 +42,10 @@ BACK = [
     (r"^decoder\.fc2\.", "decoder.2."),
     (r"^decoder\.(weight|bias)$", r"decoder.0.\1"),
 ]
+OPTIONS = (
+    *("num_heads", "image_size", "window_size", "pretrained_windows", "drop_path", "norm_eps", "mask_patch_size"),
+    *("mask_ratio", "masking", "norm_target", "loss", "bins", "predict"),
+)
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 
 
