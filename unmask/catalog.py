@@ -51,6 +51,8 @@ class Card:
     licence: str = ""  # of the original
     reference: str = "official code"
     decided: tuple[str, ...] = ()
+    learns_from: str = "hidden parts"
+    baseline: bool = False  # the supervised system that others are compared with and fine-tuned by
     package: str = "unmask"
 
     @property
@@ -148,6 +150,11 @@ def card(slug: str) -> Card:
     if slug not in found:
         raise UserError(f"no system {slug!r}: {nearest(slug, found)}")
     return found[slug]
+
+
+def supervised() -> Card:
+    """The system that learns from labels, beside which the others are measured and by which they are fine-tuned."""
+    return next(c for c in cards().values() if c.baseline)
 
 
 def recipes(slug: str) -> dict[str, Any]:

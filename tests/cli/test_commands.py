@@ -197,3 +197,13 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_run_goes_on(tmp_path):
     done = int((tmp_path / "run/checkpoints/latest").read_text().strip().removeprefix("step-"))
     assert command(["train", "mae", "--out", str(tmp_path / "run"), "--resume", "--steps", str(done + 1)]) == 0
     assert json.loads((tmp_path / "run/run.json").read_text())["state"] == "done"
+
+
+def test_eval_takes_options_of_the_probe(unmask, made):
+    words = ["probe.k=3", "probe.limit=50"]
+    said = unmask("eval", "runs/mae", "--data", "sample:fashion", "--probe", "knn", "--no-baseline", "--json", *words)
+    assert said.code == 0, said.err
+    scores = json.loads(said.out)
+    assert (scores["settings"]["k"], scores["train_samples"], scores["test_samples"]) == (3, 50, 50)
+    assert "did you mean k" in unmask("eval", "runs/mae", "--probe", "knn", "probe.kk=3").err
+    assert "write --seed" in unmask("eval", "runs/mae", "--probe", "knn", "probe.seed=3").err

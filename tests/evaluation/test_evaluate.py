@@ -299,7 +299,7 @@ def test_probes_of_a_trained_encoder_beat_its_random_initialisation_on_real_imag
     assert curve[-1] > curve[0] + 0.05
     for probe in ("knn", "linear"):
         result = evaluate(run, fashion, probe, out=run / "evaluation", limit=1000)
-        assert result["split"] == "train and test splits of the data"
+        assert result["split"].startswith("train and test splits of the data; 1,000 of the ")
         assert result["margin"] > 2 * result["baseline"]["random initialisation"]["top1_std"]
     few = evaluate(run, fashion, "ridge", labels=0.01, baseline=0)
     assert few["train_samples"] < 0.02 * batches.facts.count
@@ -318,3 +318,89 @@ def test_fine_tuning_on_a_few_labels_of_a_data_set(fashion):
     result = evaluate(small(image_size=28), fashion, "finetune", labels=0.01, baseline=0, limit=2000, **options)
     assert result["train_samples"] < 40
     assert result["test_samples"] == 1000
+
+
+@pytest.fixture
+def folder_without_test(tmp_path):
+    """40 grey images of two classes in sub-folders, no test split."""
+    images, labels = stripes(40, 2)
+    for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+        where = tmp_path / "striped" / f"class{label}"
+        where.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image[0].clamp(-2, 4) * 40 + 80).byte().numpy()).save(where / f"{i:03}.png")
+    return tmp_path / "striped"
+
+
+def test_data_without_a_test_split_is_cut_and_the_result_says_so(folder_without_test):
+    result = evaluate(small(), str(folder_without_test), "ridge", baseline=0)
+    assert result["split"].startswith("no test split: 80 %")
+    assert (result["train_samples"], result["test_samples"]) == (32, 8)
+
+
+def test_a_monitor_never_sees_a_test_image_among_its_neighbours(folder_without_test):
+    from unmask.data import open as open_data
+
+    (monitor,) = monitors_for(open_data(str(folder_without_test)))
+    train, test = set(monitor.train.ids.tolist()), set(monitor.test.ids.tolist())
+    assert train
+    assert test
+    assert not train & test
+
+
+def test_a_monitor_measures_on_training_images_even_where_there_is_a_test_split(folder_without_test, tmp_path):
+    """``train.best`` chooses a checkpoint by it: the test images must not."""
+    import shutil
+
+    from unmask.data import open as open_data
+
+    for split in ("train", "test"):
+        shutil.copytree(folder_without_test, tmp_path / "both" / split)
+    (monitor,) = monitors_for(open_data(str(tmp_path / "both")))
+    assert monitor.test.source.split == "train"
+    assert monitor.train.count + monitor.test.count == 40
+
+
+def test_labels_are_matched_by_the_names_of_the_classes_and_not_by_their_numbers():
+    from unmask.evaluation.measure import classes_of
+    from unmask.evaluation.samples import from_tensors
+
+    x, y = stripes(120, 3)
+    train = from_tensors(x, y, classes=("1", "2", "5"))
+    kept = y != 1
+    test = from_tensors(x[kept], (y[kept] > 0).long(), classes=("1", "5"))
+    whole = evaluate(small(), {"train": train, "test": train}, "ridge", baseline=0)
+    part = evaluate(small(), {"train": train, "test": test}, "ridge", baseline=0)
+    assert part["classes"] == ["1", "2", "5"]
+    assert part["top1"] > 0.6 < whole["top1"]
+    assert sum(part["confusion"][1]) == 0
+    assert sum(part["confusion"][2]) == 40
+    more = from_tensors(x, y, classes=("1", "2", "5"))
+    assert classes_of(from_tensors(x, y % 2, classes=("1", "2")), more) == ("1", "2", "5")
+    with pytest.raises(UserError, match="classes of train and test differ"):
+        classes_of(train, from_tensors(x, y % 2, classes=("1", "3")))
+
+
+def test_a_limit_for_each_part_is_told_in_the_result():
+    result = evaluate(small(), stripes(200), "ridge", baseline=0, limit=(100, 10))
+    assert (result["train_samples"], result["test_samples"]) == (100, 10)
+    assert "100 of the 160 training images" in result["split"]
+    assert "10 of the 40 test images" in result["split"]
+    with pytest.raises(UserError, match="limit=0"):
+        evaluate(small(), stripes(40), "ridge", limit=0)
+
+
+def test_sparse_numbers_as_labels_of_a_table_are_matched_between_its_splits(tmp_path):
+    import datasets
+
+    x, y = stripes(90, 3)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    pictures = [Image.fromarray((image[0].clamp(-2, 4) * 40 + 80).byte().numpy()) for image in x]
+    numbers = [100 + 100 * label for label in y.tolist()]
+    for split, kept in (("train", (100, 200, 300)), ("test", (100, 300))):
+        rows = [i for i, number in enumerate(numbers) if number in kept]
+        table = {"image": [pictures[i] for i in rows], "label": [numbers[i] for i in rows]}
+        datasets.Dataset.from_dict(table, features=features).to_parquet(str(tmp_path / f"x-{split}.parquet"))
+    result = evaluate(small(), str(tmp_path / "x-train.parquet"), "ridge", baseline=0)
+    assert result["classes"] == ["100", "200", "300"]
+    assert [sum(row) for row in result["confusion"]] == [30, 0, 30]
+    assert result["top1"] > 0.8

@@ -109,8 +109,11 @@ def choose(
         choice.train["warmup_epochs"] = round(epochs / 20, 2)
     elif given["train"].get("steps"):
         choice.train["warmup_steps"] = given["train"]["steps"] // 20
-    lr = given["train"].get("lr") or _rate(base["train"], batch)
-    choice.train["lr"] = lr
+    lr, base_lr = given["train"].get("lr"), given["train"].get("base_lr")
+    if lr is None and base_lr is not None:  # the user's rule for the rate stands
+        lr = base_lr * batch / int({**base["train"], **given["train"]}.get("base_batch") or 256)
+    else:
+        lr = choice.train["lr"] = lr or _rate(base["train"], batch)
 
     small = min(size) < 64
     choice.data |= {"augment": "crop_flip", "crop_scale": [0.5 if small else 0.2, 1.0], "normalise": "dataset"}
@@ -172,7 +175,7 @@ def _model(count: int, machine: Machine) -> str:
 def _batch(count: int, machine: Machine) -> int:
     most = min(1024, max(64, 64 * int(machine.memory_gb // 4))) if machine.accelerated else 64
     wanted = max(16, min(most, count // 8))
-    return min(2 ** int(math.log2(wanted)), max(count, 1))
+    return min(2 ** int(math.log2(wanted)), max(count // 2 * 2, 1))  # even: mixing pairs samples
 
 
 def _epochs(count: int, machine: Machine) -> int:

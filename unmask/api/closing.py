@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from unmask import catalog
 from unmask.reports.runs import Run, finite, read_run
+from unmask.reports.wording import duration
 
 _SHARES = ("top1", "top5", "knn_top1")
 
@@ -34,8 +35,8 @@ def facts(path: Path) -> dict[str, Any]:
 def screen(path: Path) -> str:
     """The last screen: numbers beside their baselines, where things are, the next commands."""
     run = read_run(path)
-    stage = run.last
-    lines = [f"{run.system} on {stage.data}: {stage.steps_done} steps in {duration(run.seconds)}, {run.state}"]
+    stage, spent = run.last, duration(run.seconds).replace("\u202f", " ")  # a page's thin spaces: terminals lack them
+    lines = [f"{run.system} on {stage.data}: {stage.steps_done} steps in {spent}, {run.state}"]
     lines += _loss_lines(run)
     for evaluation in run.evaluations:
         lines += [score_line(evaluation)]
@@ -46,11 +47,12 @@ def screen(path: Path) -> str:
     probe = (
         f"unmask eval {folder} --probe linear" if labelled else f"unmask eval {folder} --data LABELLED --probe linear"
     )
-    if run.system == "classifier":
+    baseline = catalog.supervised().slug
+    if run.system == baseline:
         probe = f"unmask predict {folder} IMAGE.png"
     lines += [f"  {probe}", f"  unmask export {folder} --to timm -o exported/"]
-    if run.system != "classifier":
-        lines += [f"  unmask train classifier --data LABELLED init={folder}        fine-tune it"]
+    if run.system != baseline:
+        lines += [f"  unmask train {baseline} --data LABELLED init={folder}        fine-tune it"]
     return "\n".join(lines)
 
 
@@ -116,29 +118,9 @@ def _amount(key: str, value: float) -> str:
     return f"{100 * value:.1f} %" if key in _SHARES else f"{value:.4g}"
 
 
-def duration(seconds: float | None) -> str:
-    """ "2 min 05 s"."""
-    if seconds is None:
-        return "unknown time"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
 def shown(path: Path) -> str:
     """A path as short as it can be copied: relative where it lies below the present folder."""
     try:
         return str(Path(path).resolve().relative_to(Path.cwd().resolve()))
     except ValueError:
         return str(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """JSON for people and programs; written aside, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.aside")
-    aside.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
-    aside.replace(path)

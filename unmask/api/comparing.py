@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from unmask import catalog
 from unmask.errors import UserError
 
 Talk = Callable[[str], None]
@@ -57,14 +58,14 @@ def compare(
     """Train each system for the same budget with the same backbone, probe each, write one report.
 
     A budget in time is turned into steps by timing a few steps of each method first (data ready, nothing compiled), so
-    that each has a schedule that ends; what was really spent is in the result. supervised: also the classifier on the
-    same backbone, where there are labels. Returns ``{"metric", "budget", "data", "backbone", "seed", "rows", "report"}``,
+    that each has a schedule that ends; what was really spent is in the result. supervised: also the supervised baseline on
+    the same backbone, where there are labels. Returns ``{"metric", "budget", "data", "backbone", "seed", "rows", "report"}``,
     each row ``{name, score, steps, seconds, run}``; the same lies in ``compare.json``. Everything is checked before the
     first method trains.
     """
-    from unmask.api.closing import write_json
     from unmask.api.plan import plan
     from unmask.api.training import _free_folder, _refuse_occupied, _stderr, carry_out
+    from unmask.engine.run import write_json
 
     talk = talk or _stderr
     allowance = read_budget(budget)
@@ -81,9 +82,10 @@ def compare(
     for system in systems[1:]:
         plans[system] = plan(system, overrides={"backbone": shared} if shared else {}, **options)
     labelled = bool(first.last.source.classes) and len(first.last.source.classes or ()) > 1
-    if supervised and "classifier" not in plans:
+    baseline = catalog.supervised().slug
+    if supervised and baseline not in plans:
         if labelled and not first.last.source.streaming:
-            plans["classifier"] = plan("classifier", overrides={"backbone": shared} if shared else {}, **options)
+            plans[baseline] = plan(baseline, overrides={"backbone": shared} if shared else {}, **options)
         else:
             talk(f"{data} has no labels: nothing is trained on them, and the probe is rankme")
     probe = probe if labelled else "rankme"
@@ -96,7 +98,8 @@ def compare(
         steps = int(allowance.amount) if allowance.in_steps else steps_within(chosen, allowance.amount, talk)
         for stage in chosen.stages:
             stage.train = fitted(stage.train, max(steps // len(chosen.stages), 1), stage.batches.steps_per_epoch)
-        talk(f"{name}: {steps} steps")
+        for line in (*chosen.notes, f"{steps} steps"):
+            talk(f"{name}: {line}")
         run = carry_out(chosen, folder / name, talk=talk, probe=False, command=_command(systems, data, budget, seed))
         rows.append(_measured(name, run, probe, seed, device, talk))
         folders.append(run)
@@ -192,7 +195,7 @@ def _measured(name: str, run: Path, probe: str, seed: int, device: str, talk: Ta
     key = "rankme" if probe == "rankme" else "top1"
     read = read_run(run)
     random = (scores.get("baseline") or {}).get("random initialisation") or {}
-    label = f"{name} (trained on labels)" if name == "classifier" else name
+    label = f"{name} (trained on labels)" if catalog.card(name).learns_from == "labels" else name
     return {
         "name": label,
         "score": _shown(key, scores.get(key)),

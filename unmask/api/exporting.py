@@ -8,7 +8,6 @@ from typing import Any
 
 from unmask.errors import UserError, nearest
 
-FORMATS = ("safetensors", "timm", "onnx", "hub")
 Talk = Callable[[str], None]
 
 
@@ -17,15 +16,15 @@ def import_checkpoint(
     file: str | Path,
     out: str | Path,
     *,
-    backbone: str | None = None,
     overrides: Iterable[str] | Mapping[str, Any] = (),
     talk: Talk | None = None,
 ) -> Path:
     """The authors' checkpoint of a system as a folder that every command takes; returns the folder.
 
     The file is read as data (safetensors, or torch's format without code), its names are changed by the system's rules, and
-    nothing may be missing or left over. overrides: what the tensors do not tell (``num_heads=12``). Raises ``UserError``
-    when the file is damaged, holds code, or belongs to another system; then nothing is written.
+    nothing may be missing or left over; of a file without the whole system only the encoder is taken. overrides: what the
+    tensors do not tell (``num_heads=12``). Raises ``UserError`` for options that the system's rules do not know, and when the
+    file is damaged, holds code, or belongs to another system; then nothing is written.
     """
     from unmask.catalog import card
     from unmask.config import parse_word
@@ -41,8 +40,10 @@ def import_checkpoint(
     out = Path(out)
     refuse_occupied(out)
     options = dict(overrides) if isinstance(overrides, Mapping) else dict(parse_word(word) for word in overrides)
-    if backbone is not None:
-        options["backbone"] = backbone
+    known = getattr(rules, "OPTIONS", options)
+    for name in options:
+        if name not in known:
+            raise UserError(f'no option "{name}" in the checkpoints of {system}: {nearest(name, known)}')
     model = rules.load_official(read_checkpoint(Path(file)), options)
     encoder = model.encoder if isinstance(model, Trainable) else model
     if encoder is not None and encoder.preprocessing is None and encoder.in_channels == 3:
@@ -52,10 +53,10 @@ def import_checkpoint(
     else:
         hub.save_encoder(model, out, system=system)
     if talk is not None:
-        kind = "the whole system" if isinstance(model, Trainable) else "the encoder"
-        talk(
-            f"{kind}, {sum(p.numel() for p in model.parameters()):,} parameters, every tensor of the file accounted for"
-        )
+        whole = isinstance(model, Trainable)
+        kind = "the whole system" if whole else "the encoder"
+        rest = "none of them missing in the file" + ("" if whole else "; a head or a decoder in it is left out")
+        talk(f"{kind}, {sum(p.numel() for p in model.parameters()):,} parameters, {rest}")
     return out
 
 
@@ -78,7 +79,7 @@ def export(
     from unmask.api.loading import load
     from unmask.contracts import Encoder
     from unmask.engine.run import refuse_occupied
-    from unmask.official.export import export_encoder
+    from unmask.official.export import FORMATS, export_encoder
 
     if to not in FORMATS:
         raise UserError(f'no format "{to}": {nearest(to, FORMATS)}')

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask.api.auto import Machine
+from unmask.engine.run import cores, cpu_name
 
 EXTRAS = {  # extra -> modules it brings
     "photos": ("skimage", "sklearn"),
@@ -37,11 +38,6 @@ def check_device(name: str | None) -> str:
     return str(chosen_device(name or "auto"))
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def machine(device: str | None = None) -> Machine:
     """What ``auto`` needs to know."""
     import torch
@@ -65,6 +61,7 @@ def doctor() -> list[dict[str, str]]:
     import torch
 
     import unmask
+    from unmask.data.cache import cache_root
 
     add("unmask", unmask.__version__)
     add("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
@@ -83,7 +80,7 @@ def doctor() -> list[dict[str, str]]:
         add("not installed", ", ".join(absent), f"pip install 'unmask[{absent[0]}]' where you need it")
     data = os.environ.get("UNMASK_DATA")
     add("UNMASK_DATA", _data_found(data), "" if data else "set it to the folder where your data sets lie")
-    cache = _cache()
+    cache = cache_root()
     free = shutil.disk_usage(_existing(cache)).free / 1e9
     add("cache", f"{cache} ({free:.0f} GB free)", "" if _writable(cache) else "not writable: set UNMASK_CACHE")
     here_ok = _writable(Path.cwd())
@@ -112,17 +109,7 @@ def _device_name(kind: str) -> str:
         return f"{torch.cuda.device_count()} x {found.name}, {found.total_memory / 1e9:.0f} GB"
     if kind != "cpu":
         return kind
-    return f"CPU {_cpu_name()}, no accelerator"
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or "unknown"
+    return f"CPU {cpu_name()}, no accelerator"
 
 
 def _speed(kind: str, dtype: Any) -> float:
@@ -155,12 +142,6 @@ def _data_found(folder: str | None) -> str:
         return f"{folder} (no such folder)"
     names = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
     return f"{folder}: {len(names)} entries: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
-
-
-def _cache() -> Path:
-    given = os.environ.get("UNMASK_CACHE")
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(given) if given else Path(home) / "unmask"
 
 
 def _existing(path: Path) -> Path:

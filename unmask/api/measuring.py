@@ -9,11 +9,13 @@ from typing import Any
 from unmask.api.loading import is_run, load
 from unmask.errors import UserError
 
+TRAIN, TEST, RANKME = 50_000, 10_000, 25_600  # images that the probe at the end of a training looks at
 Talk = Callable[[str], None]
 
 
 def evaluate(
     model: Any,
+    /,
     data: Any = None,
     probe: str = "ridge",
     *,
@@ -31,7 +33,8 @@ def evaluate(
     model: anything :func:`unmask.load` takes. data: a URI, a source or tensors; a run's own data if left out. labels: share of the
     training labels (0.1, 0.01). baseline: also the same network at random initialisation. out: where the numbers and pictures are
     written; for a run its ``evaluation/`` folder, and its report is written anew. model_options: of a backbone that is
-    measured by name (``{"pretrained": False}``); options: of the probe. Raises ``UserError`` in one line.
+    measured by name (``{"pretrained": False}``); options: of the probe, and limit (at most so many images of each
+    part). Raises ``UserError`` in one line.
     """
     from unmask.evaluation.measure import PROBES
     from unmask.evaluation.measure import evaluate as measure
@@ -80,7 +83,11 @@ def data_of(run: Path) -> dict[str, Any]:
 def probe_run(
     run: Path, talk: Talk, *, seed: int = 0, device: str = "auto", probe: str | None = None
 ) -> dict[str, Any] | None:
-    """The probe at the end of a training: ridge where the data has labels, RankMe where it has none; None without an encoder."""
+    """The probe at the end of a training: ridge where the data has labels, RankMe where it has none; None without an encoder.
+
+    It looks at no more than ``TRAIN`` training and ``TEST`` test images (``RANKME`` without labels); the result's ``split``
+    says so.
+    """
     from unmask.contracts import Encoder
     from unmask.data import open as open_data
 
@@ -94,7 +101,9 @@ def probe_run(
         probe = "ridge" if source.classes and len(source.classes) > 1 and not source.streaming else "rankme"
     talk(f"{probe} probe on {settings['uri']}, beside random initialisation ...")
     data = settings["uri"] if probe != "rankme" else source
-    return evaluate(run, data, probe, seed=seed, device=device, columns=columns, limit=settings.get("limit"))
+    most, own = (RANKME, RANKME) if probe == "rankme" else (TRAIN, TEST), settings.get("limit")
+    limit = tuple(min(own or number, number) for number in most)
+    return evaluate(run, data, probe, seed=seed, device=device, columns=columns, limit=limit)
 
 
 def rewrite_report(run: Path) -> Path:

@@ -5,18 +5,22 @@ Later layers win: recipe < what the data tells (``auto``, channels, classes) < o
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from unmask.api import auto, recipes
 from unmask.api.machine import check_device, machine
-from unmask.catalog import Card, load_entry
+from unmask.catalog import Card, cards, load_entry
 from unmask.config import Config, field_names, merged, override, parse_word, validated
 from unmask.contracts import Encoder, Trainable
 from unmask.data import Batches, DataSettings, Source
 from unmask.data import open as open_data
+from unmask.data.opening import LEARN, own_test
 from unmask.engine.settings import TrainSettings
 from unmask.errors import UserError, nearest
 
@@ -42,12 +46,14 @@ class StagePlan:
 
 @dataclass
 class Plan:
-    """A training before anything is written. ``lines``: what ``auto`` chose and why, if it did."""
+    """A training before anything is written. ``lines``: what ``auto`` chose and why, if it did. ``notes``: which images
+    are left out, one line each."""
 
     card: Card
     recipe: str
     stages: list[StagePlan]
     lines: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def last(self) -> StagePlan:
@@ -87,7 +93,8 @@ def plan(
         "train": _without_none(steps=steps, epochs=epochs, batch_size=batch_size, seed=seed, device=device),
     }
     words = sort_words(chosen, overrides)
-    stages, lines, opened = [], [], {}
+    stages, lines = [], []
+    opened: dict[str, tuple[Source, list[str]]] = {}
     for number, stage in enumerate(chosen.stages):
         given = _lay(options, words[number])
         own: Layer = {"data": stage.data, "model": stage.model, "train": stage.train}
@@ -99,19 +106,50 @@ def plan(
         _refuse_backbone(cls, given, chosen.system)
         settings = _data_settings(_lay(own, given), chosen)
         check_device(str(_lay(own, given)["train"].get("device", "auto")))
-        key = (settings.uri, settings.split, settings.limit, str(settings.columns))
+        free = "split" not in _lay(own, given)["data"]
+        labels = cards().get(cls.slug, chosen.card).learns_from == "labels"
+        key = str((settings.uri, settings.split, settings.limit, settings.columns, free, labels))
         if key not in opened:
-            opened[key] = open_data(settings.uri, settings.split, columns=settings.columns, limit=settings.limit)
+            opened[key] = _opened(settings, labels=labels, free=free)
+        source = opened[key][0]
+        own = _lay(own, {"data": {"split": source.split}}) if free else own
         if automatic:
             seen = _with_start(given)
-            choice = auto.choose(opened[key].facts, machine(given["train"].get("device")), own, seen)
+            choice = auto.choose(source.facts, machine(given["train"].get("device")), own, seen)
             if seen is not given:
                 choice.data["image_size"] = seen["data"]["image_size"]
                 choice.model = {}
             own = _lay(own, {"data": choice.data, "model": _if_backbone(cls, choice.model), "train": choice.train})
             lines = choice.lines
-        stages.append(_validated(stage, chosen, cls, _lay(own, given), opened[key]))
-    return Plan(chosen.card, "auto" if automatic else chosen.name, stages, lines)
+        stages.append(_validated(stage, chosen, cls, _lay(own, given), source))
+    notes = [note for _, told in opened.values() for note in told]
+    return Plan(chosen.card, "auto" if automatic else chosen.name, stages, lines, notes)
+
+
+def _opened(settings: DataSettings, *, labels: bool, free: bool) -> tuple[Source, list[str]]:
+    """The data, and what is left out of it in words. labels: the system learns from labels, so images without one are left
+    out, and, where the split is free and there is no test split, those that the probe will test on."""
+
+    def opened(split: str) -> Source:
+        return open_data(settings.uri, split, columns=settings.columns, limit=settings.limit)
+
+    source = opened(settings.split)
+    notes: list[str] = []
+    if not labels or source.streaming or source.labels is None:
+        return source, notes
+    if settings.split == "train" and own_test(settings.uri, columns=settings.columns) is None:
+        source = opened(LEARN) if free else source
+        rest = (
+            "80 % of the images, the others are for the probe" if free else "all images, those of the probe among them"
+        )
+        notes.append(f"{settings.uri} has no test split: it learns from {rest}")
+    bare = int((source.labels < 0).sum())
+    if bare == len(source):
+        raise UserError(f"none of the {bare} images of {settings.uri} has a label: it takes data with labels")
+    if bare:
+        source = source.select(np.flatnonzero(source.labels >= 0), "labelled")
+        notes.append(f"{bare} of the images of {settings.uri} have no label and are left out")
+    return source, notes
 
 
 def _validated(
@@ -121,6 +159,7 @@ def _validated(
     data = _data_settings(values, recipe)
     batches = Batches(source, data, train.batch_size, train.seed)
     model = cls.adapted(validated(cls.Config, values["model"], where=recipe.system), batches.facts)
+    cls.check_batch(model, train.batch_size // (int(os.environ.get("WORLD_SIZE", "1")) * train.accumulate))
     return StagePlan(stage.name, cls, model, data, train, source, batches, stage.reads)
 
 
@@ -191,6 +230,8 @@ def _lay(under: Mapping[str, Mapping[str, Any]], over: Mapping[str, Mapping[str,
             out["train"].pop(key, None)
     if "warmup_epochs" in train:  # a warm-up counted in steps belongs to the length it was written for
         out["train"].pop("warmup_steps", None)
+    if train.get("base_lr") is not None and train.get("lr") is None:  # an absolute rate would win over it
+        out["train"].pop("lr", None)
     return {part: merged(out[part], over.get(part)) for part in out}
 
 

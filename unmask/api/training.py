@@ -12,6 +12,7 @@ from typing import Any
 from unmask.api import recipes
 from unmask.api.measuring import probe_run, rewrite_report
 from unmask.api.plan import Layer, Plan, StagePlan, plan
+from unmask.config import parse_word
 from unmask.errors import UserError
 
 Talk = Callable[[str], None]
@@ -44,11 +45,7 @@ def train(
     Raises ``UserError`` in one line for whatever does not fit, before anything is written.
     """
     talk = talk or _stderr
-    words: Any = (
-        dict(overrides) | options
-        if isinstance(overrides, Mapping)
-        else [*overrides, *(f"{k}={v}" for k, v in options.items())]
-    )
+    words = dict(overrides if isinstance(overrides, Mapping) else map(parse_word, overrides)) | options
     asked: dict[str, Any] = {
         "recipe": recipe,
         "data": data,
@@ -66,7 +63,7 @@ def train(
     folder = Path(out) if out is not None else _free_folder(_slug(str(system)))
     _refuse_occupied(folder)
     chosen = plan(system, **asked)
-    for line in chosen.lines:
+    for line in (*chosen.lines, *chosen.notes):
         talk(line)
     return carry_out(chosen, folder, talk=talk, probe=probe)
 

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from unmask.catalog import list_systems
+from unmask.catalog import list_systems, supervised
 from unmask.errors import UserError
-
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".npy")
 
 
 def predict(model: Any, files: Any, *, out: str | Path | None = None, device: str = "auto") -> list[tuple[Any, Any]]:
@@ -30,7 +28,8 @@ def predict(model: Any, files: Any, *, out: str | Path | None = None, device: st
     if not isinstance(loaded, Predictor):
         slug = getattr(loaded, "slug", "") or type(loaded).__name__
         raise UserError(
-            f"{slug} predicts nothing by itself: train one that does on top: unmask train classifier --data LABELLED init={model}"
+            f"{slug} predicts nothing by itself: train one that does on top: "
+            f"unmask train {supervised().slug} --data LABELLED init={model}"
         )
     results = loaded.to(where).predict(inputs) if hasattr(loaded, "to") else loaded.predict(inputs)
     if out is not None:
@@ -42,6 +41,8 @@ def expand(files: Any) -> list[Any]:
     """Paths with folders replaced by the images in them. Raises ``UserError`` for what is not there."""
     if isinstance(files, (str, Path)) or not isinstance(files, Sequence):
         files = [files]
+    from unmask.data.decode import SUFFIXES, is_image
+
     out: list[Any] = []
     for item in files:
         if not isinstance(item, (str, Path)):
@@ -49,9 +50,9 @@ def expand(files: Any) -> list[Any]:
             continue
         path = Path(item)
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGES)
+            found = sorted(p for p in path.rglob("*") if is_image(p))
             if not found:
-                raise UserError(f"no image in {path}: it takes {', '.join(IMAGES)}")
+                raise UserError(f"no image in {path}: it takes {', '.join(sorted(SUFFIXES))}")
             out += found
         elif path.is_file():
             out.append(path)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from unmask.draw import Draw, permutation
 
-LUMA = (0.299, 0.587, 0.114)
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow turns colour to grey
 
 
 def _each(factor: Tensor) -> Tensor:
@@ -20,10 +20,15 @@ def blend(first: Tensor, second: Tensor, factor: Tensor) -> Tensor:
     return (first + _each(factor) * (second - first)).clamp(0, 1)
 
 
+def luma(images: Tensor) -> Tensor:
+    """``[B, 1, H, W]`` of three channels."""
+    return (images * images.new_tensor(LUMA)[:, None, None]).sum(dim=1, keepdim=True)
+
+
 def grey(images: Tensor) -> Tensor:
     """``[B, 1, H, W]``: luma of three channels, else the mean of the channels."""
     if images.shape[1] == 3:
-        return (images * images.new_tensor(LUMA)[:, None, None]).sum(dim=1, keepdim=True)
+        return luma(images)
     return images.mean(dim=1, keepdim=True)
 
 

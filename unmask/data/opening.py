@@ -11,6 +11,7 @@ from unmask.data.settings import DataSettings
 from unmask.data.source import Source, limited, read_split, sliced
 from unmask.errors import UserError, nearest
 
+LEARN, HOLD = "train[:80%]", "train[80%:]"  # what stands for train and test where there is no test split
 SAMPLES = ("sample:fashion", "sample:photos", "sample:photos@128", "sample:photos@224")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?$")
 
@@ -54,17 +55,23 @@ def from_settings(settings: DataSettings) -> Source:
     return open_source(s.uri, s.split, columns=s.columns, limit=s.limit, cache=s.cache, workers=s.workers)
 
 
-def train_and_test(
-    uri: str | Path, *, share: float = 0.8, columns: Mapping[str, str] | None = None
-) -> tuple[Source, Source]:
-    """The training and the test split; where there is no test split, ``share`` of a fixed shuffled order and the rest."""
+def train_and_test(uri: str | Path, *, columns: Mapping[str, str] | None = None) -> tuple[Source, Source]:
+    """The training and the test split; where there is no test split, the shares ``LEARN`` and ``HOLD``, and the sources'
+    ``split`` says so."""
+    test = own_test(uri, columns=columns)
+    if test is not None:
+        return open_source(uri, "train", columns=columns), test
+    return open_source(uri, LEARN, columns=columns), open_source(uri, HOLD, columns=columns)
+
+
+def own_test(uri: str | Path, *, columns: Mapping[str, str] | None = None) -> Source | None:
+    """The data's own test split, or None where it has none."""
     try:
-        return open_source(uri, "train", columns=columns), open_source(uri, "test", columns=columns)
+        return open_source(uri, "test", columns=columns)
     except UserError as error:
         if "no split 'test'" not in str(error):
             raise
-    cut = f"{round(share * 100)}%"
-    return open_source(uri, f"train[:{cut}]", columns=columns), open_source(uri, f"train[{cut}:]", columns=columns)
+    return None
 
 
 def _opened(uri: str, split: str, columns: dict[str, str]) -> Source:

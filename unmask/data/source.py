@@ -180,7 +180,9 @@ def sliced(source: Source, low: str, high: str) -> Source:
         raise UserError(
             f"split {source.split}[{low}:{high}] of {source.uri} holds no image: it takes a rising range within 0 ... {n}"
         )
-    return source.select(np.sort(shuffled(n)[first:last]), f"{low}:{high}")
+    part = source.select(np.sort(shuffled(n)[first:last]), f"{low}:{high}")
+    part.split = f"{source.split}[{low}:{high}]"
+    return part
 
 
 def limited(source: Source, limit: int | None) -> Source:

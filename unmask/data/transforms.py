@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from unmask.contracts import Batch, Preprocessing
+from unmask.data.color import luma
 from unmask.data.crops import flipped, random_boxes, shifted
 from unmask.data.resize import centre_crop, resized_crop
 from unmask.data.settings import DataSettings
@@ -97,7 +98,7 @@ class Transform:
         """``(pixels / full_range - mean) / std``, with grey repeated or colour made grey where the model wants it."""
         wanted = self.preprocessing.channels
         if self.channels == 3 and wanted == 1:
-            pixels = pixels.mul(pixels.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(dim=1, keepdim=True)
+            pixels = luma(pixels)
         # in place from the one float copy on
         std = torch.tensor(self.preprocessing.std, dtype=torch.float32).reshape(-1, 1, 1)
         mean = torch.tensor(self.preprocessing.mean, dtype=torch.float32).reshape(-1, 1, 1)

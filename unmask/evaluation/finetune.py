@@ -54,7 +54,7 @@ def finetune(
     folder: where the run is kept; default nowhere. Raises ``UserError`` for options that do not exist, and for streams.
     """
     if train_data.count is None:
-        raise UserError(f"{train_data.uri} streams: fine-tune on it with `unmask train classifier init=RUN`")
+        raise UserError(f"{train_data.uri} streams: fine-tune on it with `unmask train {Classifier.slug} init=RUN`")
     settings = _train_settings(encoder, train_data.count, seed, precision, options)
     batches = _batches(train_data, settings, preprocessing, seed, data_options)
     made: list[Classifier] = []
@@ -65,7 +65,13 @@ def finetune(
 
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(folder) if folder is not None else Path(temporary) / "finetune"
-        describe = {"system": "classifier", "title": "Fine-tuning", "recipe": "finetune", "command": [], "config": {}}
+        describe = {
+            "system": Classifier.slug,
+            "title": "Fine-tuning",
+            "recipe": "finetune",
+            "command": [],
+            "config": {},
+        }
         train([Stage("finetune", new, batches, settings)], out, describe=describe, display=_Told(tell, settings))
         load_strict(made[0], read_checkpoint(out / "model" / "model.safetensors"), where=out / "model")
     scores, labels = scores_of(made[0], test_data, preprocessing or batches.preprocessing, precision)
@@ -83,7 +89,7 @@ def classifier_around(
     }
     if encoder.name and hasattr(getattr(encoder, "config", None), "drop_path"):
         own["drop_path"] = options.pop("drop_path", 0.1)
-    config = validated(Classifier.Config, {"backbone": own, "classes": classes, **options}, where="classifier")
+    config = validated(Classifier.Config, {"backbone": own, "classes": classes, **options}, where=Classifier.slug)
     if not encoder.name:  # an encoder from elsewhere: nothing can build it again, so a copy is trained as it is
         return Classifier(config, encoder=copy.deepcopy(encoder).requires_grad_(True))
     inner = build(config.backbone.name, **config.backbone.options)

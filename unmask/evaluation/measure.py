@@ -72,7 +72,7 @@ def evaluate(
     baseline: bool | int = True,
     seed: int = 0,
     pool: Pool = "auto",
-    limit: int | None = None,
+    limit: int | tuple[int, int] | None = None,
     precision: str = "auto",
     device: str | None = None,
     out: str | Path | None = None,
@@ -86,7 +86,8 @@ def evaluate(
     data: a URI, a source, tensors ``(images, labels)``, or ``{"train": ..., "test": ...}`` of such; without a test part
     the seed splits it 80/20, and the result says so. probe: linear, ridge, knn, attentive, finetune, rankme.
     labels: share of the training labels used, by class (0.01, 0.1). baseline: whether, or on how many random
-    initialisations. limit: at most so many images of each part. out: a folder to write ``<probe>.json`` and pictures to.
+    initialisations. limit: at most so many images of each part, or of (train, test). out: a folder to write
+    ``<probe>.json`` and pictures to.
     options: knn k, temperature; ridge strengths; linear and attentive those of HeadSettings (epochs, base_lr ...), linear
     views (so many augmented views of each training image); finetune what :func:`.finetune.finetune` takes.
 
@@ -114,6 +115,8 @@ def evaluate(
         classes: tuple[str, ...] = ()
     else:
         classes = classes_of(train, test)
+        if test.classes != classes:
+            test = test.renumbered(classes)
         if labels != 1.0:
             if train.labels is None:
                 raise UserError(
@@ -187,22 +190,22 @@ def encoder_of(found: Any) -> Encoder:
 
 
 def classes_of(train: Samples, test: Samples) -> tuple[str, ...]:
-    """The classes that both parts have. Raises ``UserError`` where there are none, one only, or others in the test part."""
+    """The classes of the training part, or of the test part where it only has more of them; the test part's labels may be
+    counted otherwise. Raises ``UserError`` where there are none, one only, or others in the test part."""
     for part in (train, test):
         if part.classes is None:
             raise UserError(
                 f"{part.uri or 'this data'} has no labels to probe with: use probe rankme, which needs none"
             )
     first, second = tuple(train.classes or ()), tuple(test.classes or ())
-    if first != second:
-        numbers = all(c.isdigit() for c in (*first, *second))  # tensors: only the largest label was seen
-        if not numbers:
-            odd = sorted(set(first) ^ set(second)) or ["their order"]
-            raise UserError(
-                f"the classes of train and test differ ({len(first)} and {len(second)}; {', '.join(map(str, odd[:3]))}): "
-                "give both parts the same classes"
-            )
-        first = max(first, second, key=len)
+    if second[: len(first)] == first:  # tensors: of the training part only its largest label was seen
+        first = second
+    elif not set(second) <= set(first):
+        odd = sorted(set(first) ^ set(second))
+        raise UserError(
+            f"the classes of train and test differ ({len(first)} and {len(second)}; {', '.join(odd[:3])}): "
+            "give both parts the same classes"
+        )
     if len(first) < 2:
         raise UserError(
             f"{train.uri or 'this data'} has {len(first)} class: a probe needs two or more; use probe rankme"

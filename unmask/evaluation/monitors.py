@@ -12,11 +12,10 @@ import torch
 from unmask.contracts import Preprocessing, Progress, Trainable
 from unmask.data.batches import Batches
 from unmask.draw import Seeded
-from unmask.errors import UserError
 from unmask.evaluation.features import features
 from unmask.evaluation.knn import knn
 from unmask.evaluation.rankme import rankme
-from unmask.evaluation.samples import Samples, from_source, parts, samples
+from unmask.evaluation.samples import Samples, from_source, samples
 from unmask.evaluation.subsets import few_labels, split
 
 TRAIN, TEST = 1000, 500
@@ -68,8 +67,8 @@ Monitor = KnnMonitor | RankMeMonitor
 def monitors_for(data: Any, *, preprocessing: Preprocessing | None = None, seed: int = 0) -> list[Monitor]:
     """The monitor that suits the data: :class:`KnnMonitor` with at least two classes, else :class:`RankMeMonitor`.
 
-    data: batches (their preprocessing is used), a source, or anything ``samples`` takes. Test images come from the data's
-    test split; where it has none, from the training images that the k-NN does not get. Streams get none.
+    data: batches (their preprocessing is used), a source, or anything ``samples`` takes. Test images are training images that
+    the k-NN does not get, never the data's test split: ``train.best`` chooses by them. Streams get none.
     """
     if isinstance(data, Batches):
         preprocessing = preprocessing or data.preprocessing
@@ -79,21 +78,8 @@ def monitors_for(data: Any, *, preprocessing: Preprocessing | None = None, seed:
         return []
     if whole.labels is None or len(whole.classes or ()) < 2:
         return [RankMeMonitor(whole.first(TRAIN), preprocessing)]
-    train, test = _two(whole, seed)
+    train, test = (whole.subset(ids) for ids in split(whole.labels, whole.count, Seeded(seed)))
     return [KnnMonitor(_few(train, TRAIN, seed), _few(test, TEST, seed), preprocessing)]
-
-
-def _two(whole: Samples, seed: int) -> tuple[Samples, Samples]:
-    """Training and test images. The data's own test split is used where it has the same classes."""
-    if whole.source is not None and whole.source.split == "train":
-        try:
-            _, test, how = parts(whole.uri)
-        except UserError:  # the test split is of another kind: the training images must do
-            how = "no test split"
-        if not how.startswith("no test split") and test.classes == whole.classes and test.labels is not None:
-            return whole, test
-    first, second = split(whole.labels, whole.count or 0, Seeded(seed))
-    return whole.subset(first), whole.subset(second)
 
 
 def _few(data: Samples, limit: int, seed: int) -> Samples:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unmask.contracts import DataFacts, Encoder, Preprocessing
 from unmask.data.batches import Batches, everything
+from unmask.data.color import LUMA
 from unmask.data.opening import open_source, train_and_test
 from unmask.data.settings import DataSettings
 from unmask.data.source import Source
@@ -19,7 +20,7 @@ from unmask.data.transforms import Transform
 from unmask.draw import Seeded
 from unmask.errors import UserError
 from unmask.evaluation.subsets import split
-from unmask.systems.prediction.inputs import LUMINANCE, preprocessing_of
+from unmask.systems.prediction.inputs import preprocessing_of
 
 Read = Callable[[Preprocessing | None, int, Tensor | None], Iterator[Mapping[str, Tensor]]]
 
@@ -60,6 +61,18 @@ class Samples:
         if self.count is None:
             return replace(self, read=_cut(self.read, limit))
         return self.subset(torch.arange(limit) * self.count // limit)
+
+    def renumbered(self, classes: tuple[str, ...]) -> Samples:
+        """The samples with their labels counted in another list of classes, which holds all of theirs by name."""
+        place = torch.tensor([*(classes.index(name) for name in self.classes or ()), -1])  # the last: no label
+
+        def read(
+            preprocessing: Preprocessing | None, batch_size: int, ids: Tensor | None
+        ) -> Iterator[Mapping[str, Tensor]]:
+            for batch in self.read(preprocessing, batch_size, ids):
+                yield {**batch, "label": place[batch["label"]]}
+
+        return replace(self, read=read, labels=None if self.labels is None else place[self.labels], classes=classes)
 
     def batches(self, preprocessing: Preprocessing | None, batch_size: int) -> Iterator[Mapping[str, Tensor]]:
         return self.read(preprocessing, batch_size, self.ids)
@@ -184,34 +197,49 @@ def parts(
     data: Any,
     *,
     seed: int = 0,
-    limit: int | None = None,
+    limit: int | tuple[int, int] | None = None,
     labelled: bool = True,
     columns: Mapping[str, str] | None = None,
 ) -> tuple[Samples, Samples, str]:
     """A training part, a test part, and in words where they come from. Without labels to measure, all of the data is both.
 
     data: a URI, ``{"train": ..., "test": ...}``, or anything :func:`samples` takes, which the seed then splits 80/20.
+    limit: at most so many images of each part, or of (train, test). Raises ``UserError`` for a limit below 1.
     """
+    most = limit if isinstance(limit, tuple) else (limit, limit)
+    for number in most:
+        if number is not None and (not isinstance(number, int) or number < 1):
+            raise UserError(f"limit={number} must be a whole number of images, at least 1")
+    whole, rest, how = _whole_parts(data, seed, labelled, columns)
+    train, test = whole.first(most[0]), rest.first(most[1])
+    for part, before, name in ((train, whole, "training"), (test, rest, "test")):
+        if part.count != before.count and (labelled or name == "training"):
+            how += f"; {part.count:,} of the {before.count:,} {name} images, spread evenly"
+    return train, test, how
+
+
+def _whole_parts(
+    data: Any, seed: int, labelled: bool, columns: Mapping[str, str] | None
+) -> tuple[Samples, Samples, str]:
     if isinstance(data, Mapping):
         if set(data) != {"train", "test"}:
             raise UserError(f"data with the parts {sorted(map(str, data))} does not fit: it takes train and test")
-        return samples(data["train"]).first(limit), samples(data["test"]).first(limit), "train and test as given"
+        return samples(data["train"]), samples(data["test"]), "train and test as given"
     if not labelled:
         whole = from_source(open_source(data, columns=columns)) if isinstance(data, (str, Path)) else samples(data)
-        whole = whole.first(limit)
         return whole, whole, "train"
     if isinstance(data, (str, Path)):
         train, test = train_and_test(data, columns=columns)
         how = "train and test splits of the data"
         if "[" in test.split:
             how = "no test split: 80 % of the images to train, 20 % to test, in a fixed shuffled order"
-        return from_source(train).first(limit), from_source(test).first(limit), how
+        return from_source(train), from_source(test), how
     whole = samples(data)
     if whole.count is None:
         raise UserError(f"{whole.uri} streams and has no test split: give train and test, or a data set on disk")
     first, second = split(whole.labels, whole.count, Seeded(seed))
     how = f"no test split: 80 % of the images to train, 20 % to test, by class, drawn with seed {seed}"
-    return whole.subset(first).first(limit), whole.subset(second).first(limit), how
+    return whole.subset(first), whole.subset(second), how
 
 
 def preprocessing_for(encoder: Encoder, data: Samples) -> Preprocessing | None:
@@ -235,5 +263,5 @@ def _for_channels(values: tuple[float, ...], channels: int, uri: str) -> tuple[f
     if len(values) == 1 and channels == 3:
         return values * 3
     if len(values) == 3 and channels == 1:
-        return (sum(v * w for v, w in zip(values, LUMINANCE, strict=True)),)
+        return (sum(v * w for v, w in zip(values, LUMA, strict=True)),)
     raise UserError(f"the images of {uri or 'this data'} have {len(values)} channels, the encoder takes {channels}")

@@ -18,7 +18,10 @@ def eval_command(
     model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, an export, timm/NAME or a hub id.")],
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Options of a backbone by name: pretrained=false."),
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Options of the probe: probe.k=10, probe.limit=1000; of a backbone by name: pretrained=false.",
+        ),
     ] = None,
     data: Annotated[str | None, typer.Option(help="Labelled images. Default for a run: its own data.")] = None,
     probe: Annotated[
@@ -39,6 +42,15 @@ def eval_command(
     """
     import unmask
     from unmask.config import words as as_options
+    from unmask.errors import UserError
+
+    options = as_options(words or [])
+    of_probe = options.pop("probe", {})
+    if not isinstance(of_probe, dict):
+        raise UserError(f"probe={of_probe} is no option of a probe: write --probe {of_probe}, or probe.k=10")
+    for name in ("data", "labels", "seed", "device", "baseline", "out"):
+        if name in of_probe:
+            raise UserError(f"probe.{name} is an option of the command: write --{name}")
 
     ticker = speech.Ticker()
     try:
@@ -52,7 +64,8 @@ def eval_command(
             baseline=baseline,
             out=out,
             talk=ticker,
-            model_options=as_options(words or []),
+            model_options=options,
+            **of_probe,
         )
     finally:
         ticker.stop()

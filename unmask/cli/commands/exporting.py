@@ -40,7 +40,6 @@ def import_command(
     system: Annotated[str, typer.Argument(metavar="SYSTEM", help="Whose checkpoint it is: mae, simmim, swin ...")],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The authors' .pth, .pt, .bin or .safetensors.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the model in our format.")],
-    backbone: Annotated[str | None, typer.Option(help="The backbone, where the file does not tell.")] = None,
     words: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Options of the system, where the file does not tell."),
@@ -52,6 +51,4 @@ def import_command(
     """
     import unmask
 
-    speech.result(
-        str(unmask.import_checkpoint(system, file, out, backbone=backbone, overrides=words or [], talk=speech.say))
-    )
+    speech.result(str(unmask.import_checkpoint(system, file, out, overrides=words or [], talk=speech.say)))

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from unmask.contracts import Encoder, Preprocessing
+from unmask.data.color import LUMA
 from unmask.data.decode import Unreadable, decode
 from unmask.data.resize import centre_crop
 from unmask.errors import UserError
 
-LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow turns colour to grey
 FULL = {np.dtype(np.uint8): 255.0, np.dtype(np.uint16): 65535.0}
 
 
@@ -72,7 +72,7 @@ def fit_channels(array: np.ndarray, channels: int, name: str) -> np.ndarray:
     if have == 1 and channels == 3:
         return np.repeat(array, 3, axis=-1)
     if have == 3 and channels == 1:
-        grey = array.astype(np.float64) @ np.array(LUMINANCE)
+        grey = array.astype(np.float64) @ np.array(LUMA)
         return (np.rint(grey) if array.dtype.kind == "u" else grey).astype(array.dtype)[..., None]
     if have == 4 and channels in (1, 3):
         return fit_channels(array[..., :3], channels, name)

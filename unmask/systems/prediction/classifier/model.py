@@ -112,6 +112,14 @@ class Classifier(Trainable):
         return cls.Config.model_validate({**config.model_dump(exclude_unset=True), **values})
 
     @classmethod
+    def check_batch(cls, config: Config, size: int) -> None:  # type: ignore[override]
+        if size % 2 and (config.mixup or config.cutmix) and config.mix_share:
+            raise UserError(
+                f"mixup and cutmix pair samples, and a batch of {size} is odd: use an even batch on each process, "
+                "or mixup=0 cutmix=0"
+            )
+
+    @classmethod
     def build(cls, config: Config, sources: Mapping[str, Path] | None = None) -> Classifier:  # type: ignore[override]
         """The classifier with the weights that ``init`` (or an earlier stage named "init") holds. They are then its own:
         its config names them no more."""
@@ -172,7 +180,7 @@ class Classifier(Trainable):
         return self
 
     # --- telling a person ---
-    def references(self, batch: Batch, draw: Draw) -> Losses:
+    def references(self, batch: Batch, draw: Draw, progress: Progress | None = None) -> Losses:
         """The loss of answering the same for every image: all classes alike, or each as often as it occurs here."""
         with torch.no_grad():
             _, targets = self._targets(batch, draw)
@@ -185,7 +193,7 @@ class Classifier(Trainable):
         }
 
     @torch.no_grad()
-    def preview(self, batch: Batch, draw: Draw) -> list[Picture]:
+    def preview(self, batch: Batch, draw: Draw, progress: Progress | None = None) -> list[Picture]:
         images = batch["image"][:8]
         probabilities = self.logits(images).float().softmax(dim=1).cpu()
         labels = batch["label"][:8].tolist() if batch.get("label") is not None else [None] * len(images)

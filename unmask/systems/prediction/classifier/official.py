@@ -17,6 +17,7 @@ from unmask.errors import UserError
 from unmask.official.load import Rule, load_strict, rename
 from unmask.systems.prediction.classifier.model import Classifier
 
+OPTIONS = ("num_heads", "classes")
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 RULES = [Rule(r"^(cls_token|pos_embed|patch_embed|blocks|norm)\b", r"encoder.\1")]
 
