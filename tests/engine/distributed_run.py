@@ -28,6 +28,8 @@ def run(out: Path, options: dict) -> None:
     monitors = [toys.Width()]
     if stop:
         monitors.append(toys.StopAfter(stop))
+    if options.pop("spoil", False):
+        monitors.append(toys.Spoil(out))
     made = toys.stage(kind, monitors=monitors, **options)
     train([made], out, describe={"system": "toy"}, resume=resume, display=SilentDisplay())
 

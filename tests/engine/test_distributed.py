@@ -43,6 +43,7 @@ def jobs(tmp_path_factory):
             **FULL,
         },
         "uneven": {"processes": 2, "batch_size": 7},
+        **{f"spoilt-{n}": {"processes": 2, "sharded": s, "spoil": True} for n, s in both},
         "lamb": {"processes": 2, "sharded": True, "optimizer": "lamb"},
     }
     listed = [{"out": str(at / name), **job} for name, job in todo.items()]
@@ -117,6 +118,13 @@ def test_what_cannot_be_is_told_by_every_process(jobs):
         assert codes == [2, 2], told
         assert all(words in t for t in told), told
     assert not jobs["uneven"][0].exists()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_disk_that_refuses_the_first_process_stops_both(jobs, kind):
+    _, codes, told = jobs[f"spoilt-{kind}"]
+    assert codes == [2, 2], told
+    assert all("the disk refuses" in t and "metrics.jsonl" in t for t in told)
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from unmask.engine import checkpoint
+from unmask.engine import checkpoint, stages
 from unmask.engine import run as folders
 from unmask.engine.display import SilentDisplay
+from unmask.engine.distributed import Place
 from unmask.engine.stages import train
 from unmask.errors import UserError
 
@@ -186,6 +187,28 @@ def test_a_damaged_checkpoint_takes_no_place_of_a_whole_one(tmp_path):
     (tmp_path / "step-00000003" / "state.json").write_text("{")
     checkpoint.prune(tmp_path, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+
+
+def test_who_writes_a_run_is_told_while_it_runs(tmp_path):
+    folder = folders.create(tmp_path / "begun", {})
+    assert folder.info["process"]["pid"] == os.getpid()
+    done = run(tmp_path / "done", stage(steps=2))
+    assert folders.read_run(done)["process"] is None
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_every_process_leaves_when_the_first_cannot_write_a_run(tmp_path, first):
+    class Two(Place):
+        world = 2
+        rank = 0 if first else 1
+
+        def gathered(self, value):
+            return [value if first else "the disk is full", None]
+
+    place = Two(None, "fp32", sharded=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file" if first else "the disk is full"):
+        stages._created(tmp_path / "file", {}, place)
 
 
 @pytest.mark.parametrize("first", [True, False])

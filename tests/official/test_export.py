@@ -62,11 +62,14 @@ def test_plain_timm_loads_the_export_and_computes_the_same(case, tmp_path):
 
 def test_timm_learns_how_images_are_prepared(tmp_path):
     encoder = encoder_of("plain")
-    encoder.preprocessing = Preprocessing(mean=(0.3,), std=(0.2,), image_size=(16, 24), channels=1)
+    encoder.preprocessing = Preprocessing(mean=(0.3,), std=(0.2,), image_size=(16, 24), channels=1, crop=0.8)
     out = export_encoder(encoder, "timm", tmp_path / "out")
     known = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{out}", pretrained=True))
     assert list(known["mean"]) == [0.3]
+    assert list(known["std"]) == [0.2]
     assert list(known["input_size"]) == [1, 16, 24]
+    assert known["crop_pct"] == 0.8
+    assert known["interpolation"] == encoder.preprocessing.interpolation
 
 
 @pytest.mark.parametrize(
@@ -75,6 +78,7 @@ def test_timm_learns_how_images_are_prepared(tmp_path):
         ("vit_nano_patch4", {"image_size": 16, "qk_scale": 1.0}, "qk_scale"),
         ("vit_nano_patch4", {"image_size": 16, "relative": ["shared"]}, "relative positions"),
         ("swin_nano", {"image_size": 32, "window_size": 4, "absolute_positions": True}, "absolute_positions"),
+        ("swin_nano", {"image_size": 40, "patch_size": 2, "window_size": 4}, "--image-size 32"),
     ],
 )
 def test_what_timm_does_not_have_is_one_line_and_writes_nothing(name, options, words, tmp_path):

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from unmask.errors import UserError
-from unmask.reports.comparison import arms_of, compare, differing, ranked, runs_table
+from unmask.reports.comparison import arms_of, best_of, compare, differing, ranked, runs_table, verdict
+from unmask.reports.findings import beside
 from unmask.reports.runs import read_run
 
 
@@ -11,7 +12,7 @@ from unmask.reports.runs import read_run
 def three(make_run):
     return [
         make_run(name="a", system="mae", top1=0.783),
-        make_run(name="b", system="simmim", top1=0.765),
+        make_run(name="b", system="simmim", top1=0.725),
         make_run(name="c", system="classifier", top1=0.872),
     ]
 
@@ -24,16 +25,52 @@ def test_the_page_ranks_the_methods_and_sets_supervised_training_apart(three, tm
     assert all(where.startswith("data:") for where in page.loads)
     assert len(page.ids) == len(set(page.ids))
     assert page.text.startswith("mae and simmim on sample:fashion")
+    assert "2 methods and the supervised arm of vit_tiny_patch4" in page.text
     assert (
         "mae has the best features: linear probe, top-1 accuracy 78.3 %, +8.1 points over its random initialisation"
         in page.text
     )
-    assert "1.8 points ahead of simmim. Supervised training of the same backbone reaches 87.2 %" in page.text
+    assert "5.8 points ahead of simmim. Supervised training of the same backbone reaches 87.2 %" in page.text
     assert (
         page.text.index("supervised uses labels 87.2 %")
         < page.text.index("mae 78.3 %")
-        < page.text.index("simmim 76.5 %")
+        < page.text.index("simmim 72.5 %")
     )
+
+
+def sentence(make_run, *values, **edits):
+    runs = [make_run(name=f"{i}", system=("mae", "simmim")[i], top1=v) for i, v in enumerate(values)]
+    for folder in runs:
+        path = folder / "evaluation" / "linear.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **edits}))
+    measured = ranked(arms_of([read_run(r) for r in runs]))
+    return verdict(measured).replace("\u202f", " "), best_of(measured)
+
+
+def test_nothing_is_best_that_does_not_beat_its_random_initialisation(make_run):
+    text, best = sentence(make_run, 0.6, 0.65)
+    assert best is None
+    assert text.startswith(
+        "Neither simmim nor mae beats random initialisation: linear probe, top-1 accuracy 65.0 % "
+        "(−5.2 points over its random initialisation) and 60.0 % (−10.2 points)"
+    )
+
+
+def test_nothing_is_best_by_less_than_the_noise(make_run):
+    text, best = sentence(make_run, 0.79, 0.785)
+    assert best is None
+    assert text.startswith("No difference that this test can show between mae and simmim: linear probe")
+
+
+def test_few_test_images_show_no_small_gain(make_run):
+    text, best = sentence(make_run, 0.75, 0.725, test_samples=40)
+    assert best is None
+    assert "Neither mae nor simmim beats random initialisation by more than the noise" in text
+    assert "Measured on 40 test images: ± 13.9 points each" in text
+
+
+def test_a_loss_is_below_or_above_without_a_sign():
+    assert [beside(x, 1.0) for x in (0.59, 1.7, 1.001)] == ["41 % below", "70 % above", "level"]
 
 
 def test_a_folder_as_target_gets_comparison_html(three, tmp_path):

@@ -1,4 +1,5 @@
 import json
+import platform
 import subprocess
 import sys
 
@@ -71,6 +72,56 @@ def test_a_run_that_says_running_is_not_called_done(make_run, read_page):
     assert "Still running, or stopped without a word" in read_page(report(make_run("running")).read_text()).text
 
 
+def killed(folder, host):
+    """A run whose process is gone."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    info = json.loads((folder / "run.json").read_text())
+    info |= {"process": {"pid": process.pid, "host": host}, "seconds": 0.0}
+    (folder / "run.json").write_text(json.dumps(info))
+    return folder
+
+
+def test_a_run_whose_process_is_gone_is_called_stopped(make_run, read_page):
+    folder = killed(make_run("running"), platform.node())
+    run = read_run(folder)
+    assert run.state == "stopped"
+    assert run.seconds == run.last.train[-1]["seconds"] > 0
+    assert "It goes on from its last checkpoint" in read_page(report(folder).read_text()).text
+    assert read_run(killed(folder, "another machine")).state == "running"
+
+
+def test_a_run_that_was_stopped_between_two_logs_knows_its_step(make_run):
+    folder = make_run("interrupted")
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "latest").write_text("step-00000390\n")
+    assert read_run(folder).last.steps_done == 390
+
+
+def test_one_line_of_metrics_is_told_and_not_drawn(make_run, read_page):
+    folder = make_run()
+    (folder / "metrics.jsonl").write_text(
+        json.dumps({"kind": "train", "step": 6, "epoch": 0.3, "loss": 0.95, "lr": 0.1})
+    )
+    html = report(folder).read_text()
+    assert "One line of metrics was written, at step 6: loss 0.950." in read_page(html).text
+    assert "<circle" not in html
+
+
+def test_what_was_tested_on_what_is_shown(make_run, read_page):
+    folder = make_run()
+    path = next((folder / "evaluation").glob("linear.json"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "split": "no test split: 80 % to train"}))
+    assert "no test split: 80 % to train" in read_page(report(folder).read_text()).text
+
+
+def test_shares_that_a_system_logs_are_drawn_in_per_cent(make_run):
+    folder = make_run()
+    lines = [{"kind": "train", "step": i, "loss": 0.95, "top1": 0.1 + 0.002 * i} for i in range(30)]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert "12\u202f%" in report(folder).read_text()
+
+
 def test_a_line_that_was_cut_short_is_left_out(make_run):
     assert read_run(make_run("interrupted")).last.train[-1]["step"] == 387
 
@@ -101,7 +152,7 @@ def test_stages_are_shown_one_after_the_other_and_those_that_have_not_begun(make
 def test_names_of_files_are_escaped(make_run, read_page):
     html = report(make_run()).read_text()
     assert "<b>0" not in html
-    assert "3 files were skipped" in read_page(html).text
+    assert "3 files were left out They were left out, each for the reason beside it" in read_page(html).text
 
 
 def test_without_labels_rankme_is_the_headline(make_run, read_page):

@@ -8,6 +8,7 @@ from unmask.draw import Recorder, Replay, Seeded
 from unmask.errors import UserError
 from unmask.systems.pretraining.mae.model import MAE
 from unmask.systems.pretraining.mae.official import load_official
+from unmask.systems.pretraining.pictures import HIDDEN
 
 torch.manual_seed(0)
 SMALL = {
@@ -98,7 +99,7 @@ def test_the_preview_pastes_the_prediction_only_where_patches_were_hidden():
     for row, mask in zip(picture.rows, hidden, strict=True):
         original, seen, _, pasted = row[:4]
         assert (original[~mask[0]] == pasted[~mask[0]]).all()
-        assert (seen[mask[0]] == 128).all()
+        assert (seen[mask[0]] == HIDDEN).all()
 
 
 def test_grey_and_many_channels_are_at_home():

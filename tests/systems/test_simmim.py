@@ -11,6 +11,7 @@ from unmask.draw import Recorder, Replay, Seeded
 from unmask.errors import UserError
 from unmask.masks.mask import Mask
 from unmask.nn.patch import unpatchify
+from unmask.systems.pretraining.pictures import HIDDEN
 from unmask.systems.pretraining.simmim.model import SimMIM, default_cell
 from unmask.systems.pretraining.simmim.official import BACK, load_official, run_case
 from unmask.systems.pretraining.simmim.target import Target, local_statistics
@@ -197,7 +198,7 @@ def test_the_preview_pastes_the_prediction_only_where_pixels_were_hidden(options
     for row, mask in zip(picture.rows, hidden, strict=True):
         original, seen, _, pasted = row[:4]
         assert (original[~mask[0]] == pasted[~mask[0]]).all()
-        assert (seen[mask[0]] == 128).all()
+        assert (seen[mask[0]] == HIDDEN).all()
 
 
 def test_grey_and_many_channels_are_at_home():

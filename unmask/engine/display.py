@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 _PAUSE = 5.0  # seconds between plain lines
+_WINDOW = 20  # logs that the time left is reckoned from
+_ENOUGH = 3  # steps between two logs, before there is a time left to tell
 
 
 class Display(Protocol):
@@ -32,7 +35,6 @@ class Words:
     def __init__(self) -> None:
         self.values: dict[str, float] = {}
         self.reference: tuple[str, float] | None = None
-        self.probes: dict[str, float] = {}
 
     def loss(self) -> str:
         """``loss 0.51 (0.87 mean of the visible)``: the best of the trivial predictors beside it."""
@@ -50,7 +52,6 @@ class Words:
         if values.get("memory_mb"):
             memory = values["memory_mb"]
             out.append(f"{memory / 1024:.1f} GB" if memory >= 1024 else f"{memory:.0f} MB")
-        out += [f"{name} {number(value)}" for name, value in self.probes.items()]
         return [part for part in out if part]
 
     def take_references(self, values: Mapping[str, float]) -> None:
@@ -59,37 +60,62 @@ class Words:
             self.reference = (name, values[name])
 
 
+class Pace:
+    """The time left, from the last logs: before the first one a step may be slow (compiling, filling caches)."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+        self.marks: deque[tuple[int, float]] = deque(maxlen=_WINDOW)  # step, seconds
+
+    def mark(self, done: int, when: float | None = None) -> None:
+        """A log was written at step ``done``: the device has really done it."""
+        self.marks.append((done, time.monotonic() if when is None else when))
+
+    def left(self) -> list[str]:
+        """``["2:05 left"]``; empty at the end, and while too little was seen."""
+        if not self.marks:
+            return []
+        (first, begun), (done, now) = self.marks[0], self.marks[-1]
+        if done - first < _ENOUGH or done >= self.steps:
+            return []
+        minutes, seconds = divmod(round((now - begun) / (done - first) * (self.steps - done)), 60)
+        hours, minutes = divmod(minutes, 60)
+        return [f"{hours}:{minutes:02d}:{seconds:02d} left" if hours else f"{minutes}:{seconds:02d} left"]
+
+
 class LiveDisplay:
     """One line at a terminal that is drawn again, with a bar and the time left."""
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console(stderr=True)
-        self.words = Words()
+        self.words, self.pace = Words(), Pace(0)
+        self.done, self.probed = 0, ""
         self.progress: Progress | None = None
         self.task: TaskID | None = None
 
     def start(self, title: str, steps: int, done: int) -> None:
         self.stop()
-        self.words = Words()
+        self.words, self.pace, self.done, self.probed = Words(), Pace(steps), done, ""
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=20),
             TextColumn("{task.completed}/{task.total}"),
-            TimeRemainingColumn(elapsed_when_finished=True),
+            TimeElapsedColumn(),
             TextColumn("{task.fields[words]}", markup=False),
             console=self.console,
             refresh_per_second=4,
-            speed_estimate_period=60,
         )
         self.task = self.progress.add_task(title, total=steps, completed=done, words="")
         self.progress.start()
 
     def step(self, done: int) -> None:
+        self.done = done
         if self.progress is not None and self.task is not None:
             self.progress.update(self.task, completed=done)
 
     def metrics(self, values: Mapping[str, float]) -> None:
         self.words.values = dict(values)
+        self.pace.mark(int(values.get("step", self.done)))
         self._redraw()
 
     def references(self, values: Mapping[str, float]) -> None:
@@ -97,7 +123,7 @@ class LiveDisplay:
         self._redraw()
 
     def probe(self, values: Mapping[str, float]) -> None:
-        self.words.probes = dict(values)
+        self.probed = f"{numbers(values)} at {self.done}" if values else ""
         self._redraw()
 
     def say(self, line: str) -> None:
@@ -111,21 +137,21 @@ class LiveDisplay:
 
     def _redraw(self) -> None:
         if self.progress is not None and self.task is not None:
-            self.progress.update(self.task, words="  ".join(self.words.parts()))
+            parts = [*self.words.parts(), self.probed, *self.pace.left()]
+            self.progress.update(self.task, words="  ".join(part for part in parts if part))
 
 
 class PlainDisplay:
     """Whole lines, at most one every few seconds, for logs and pipes."""
 
     def __init__(self, pause: float = _PAUSE):
-        self.pause, self.words = pause, Words()
+        self.pause, self.words, self.pace = pause, Words(), Pace(0)
         self.title, self.steps, self.done = "", 0, 0
-        self.started = self.spoke = time.monotonic()
-        self.first = 0
+        self.spoke = float("-inf")
 
     def start(self, title: str, steps: int, done: int) -> None:
-        self.title, self.steps, self.done, self.first = title, steps, done, done
-        self.words, self.started, self.spoke = Words(), time.monotonic(), float("-inf")
+        self.title, self.steps, self.done = title, steps, done
+        self.words, self.pace, self.spoke = Words(), Pace(steps), float("-inf")
         self.say(f"{title}: step {done} of {steps}")
 
     def step(self, done: int) -> None:
@@ -134,30 +160,23 @@ class PlainDisplay:
     def metrics(self, values: Mapping[str, float]) -> None:
         self.words.values = dict(values)
         self.done = int(values.get("step", self.done))
+        self.pace.mark(self.done)
         if time.monotonic() - self.spoke >= self.pause or self.done >= self.steps:
             self.spoke = time.monotonic()
-            self.say("  ".join([f"{self.title} {self.done}/{self.steps}", *self.words.parts(), *self._left()]))
+            self.say("  ".join([f"{self.title} {self.done}/{self.steps}", *self.words.parts(), *self.pace.left()]))
 
     def references(self, values: Mapping[str, float]) -> None:
         self.words.take_references(values)
 
     def probe(self, values: Mapping[str, float]) -> None:
-        self.words.probes = dict(values)
-        numbers = "  ".join(f"{name} {number(value)}" for name, value in values.items())
-        self.say(f"{self.title} {self.done}/{self.steps}  {numbers}")
+        if values:
+            self.say(f"{self.title}: {numbers(values)} at step {self.done}")
 
     def say(self, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
     def stop(self) -> None:
         pass
-
-    def _left(self) -> list[str]:
-        made = self.done - self.first
-        if not made or self.done >= self.steps:
-            return []
-        seconds = (time.monotonic() - self.started) / made * (self.steps - self.done)
-        return [f"{int(seconds // 60)}:{int(seconds % 60):02d} left"]
 
 
 class SilentDisplay:
@@ -175,6 +194,10 @@ class SilentDisplay:
 def default_display() -> Display:
     """Live at a terminal, plain lines elsewhere."""
     return LiveDisplay() if sys.stderr.isatty() else PlainDisplay()
+
+
+def numbers(values: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {number(value)}" for name, value in values.items())
 
 
 def number(value: float | None) -> str:

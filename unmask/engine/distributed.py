@@ -13,7 +13,7 @@ import copy
 import datetime
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +95,19 @@ class Place:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def together(self, work: Callable[[], None]) -> None:
+        """What every process does and not every one writes: where the disk refuses one, all raise what it said."""
+        problem: str | None = None
+        try:
+            work()
+        except UserError as error:
+            if self.world == 1:
+                raise
+            problem = str(error)
+        problem = next((p for p in self.gathered(problem) if p is not None), None)
+        if problem is not None:
+            raise UserError(problem)
 
 
 def open_place(settings: TrainSettings, logs: Path | None = None) -> Place:

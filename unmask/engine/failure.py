@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -19,11 +19,14 @@ from torch import Tensor, nn
 
 from unmask.contracts import Batch, Progress, Trainable, configured
 from unmask.draw import Draw, Recorder, Replay, Scoped
-from unmask.engine.checkpoint import load_tensors, save_tensors
+from unmask.engine.checkpoint import about, load_tensors, save_tensors, whole_checkpoints
 from unmask.engine.distributed import local_part
-from unmask.engine.run import mended_errors, resume_command
+from unmask.engine.run import RunFolder, mended_errors, resume_command
 from unmask.errors import UserError
 from unmask.official.hub import own_config, trainable_class
+
+if TYPE_CHECKING:
+    from unmask.engine.loop import NotFinite, Training
 
 STEP_FILE, MODEL_FILE = "failed-step.safetensors", "failed-model.safetensors"
 
@@ -147,6 +150,38 @@ def keep(
 
         whole = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
         save_file(whole, path, metadata={"unmask": json.dumps(about)})
+
+
+def kept_step(training: Training, bad: NotFinite, folder: RunFolder, root: RunFolder) -> StepFailed:
+    """Keep the failed step in ``folder``; the error that tells of it. Every process calls it."""
+    place, found = training.place, bad.finding
+    names = place.gathered(found.tensor if found is not None else None)
+    # a gradient may be another process's fault, reduced over all of them: what comes before it is nearer to the cause
+    order = sorted((n.startswith("gradient"), i) for i, n in enumerate(names) if n is not None)
+    owner = order[0][1] if order else 0
+    tensor = names[owner] or "the loss (finite when the step was repeated)"
+    state = training.plain_state()
+
+    def write() -> None:
+        if place.first:
+            keep_model(folder.path, state)
+        if place.rank == owner and found is not None:
+            keep(
+                folder.path,
+                found,
+                model=training.model,
+                progress=training.progress(bad.step),
+                phase=bad.phase,
+                precision=place.precision,
+                seed=training.settings.seed,
+                tensor=tensor,
+            )
+
+    place.together(write)
+    last = whole_checkpoints(folder.checkpoints)
+    kept = f"the checkpoint of step {about(last[0])['step']} is kept" if last else "no checkpoint was due before it"
+    step = bad.step + 1
+    return StepFailed(message(step, training.steps, tensor, root.info, root.path, kept), step, tensor)
 
 
 def _is_plain(value: Any) -> bool:

@@ -28,6 +28,7 @@ from unmask.engine.stopping import StopRequest
 from unmask.errors import UserError
 
 PREVIEW_SAMPLES = 8
+_REFUSED = 1 << 16  # above any signal: the first process could not write
 _SAME = ("seed", "batch_size", "optimizer")  # what an exact resume cannot change
 
 
@@ -64,6 +65,7 @@ class Keeper:
         self.best: dict[str, float] | None = None  # value, step
         self.latest: dict[str, float] = {}
         self.saved = -1
+        self.problem: str | None = None  # what the disk said to the first of several processes
 
     # --- the whole of it ---
     def fit(self, *, resume: bool) -> None:
@@ -91,7 +93,7 @@ class Keeper:
                 self.after_step()
             self.export()
         except NotFinite as bad:
-            raise self.failed(bad) from None
+            raise failure.kept_step(training, bad, self.folder, self.root) from None
         finally:
             self.display.stop()
             for tracker in self.place.accelerator.trackers:
@@ -117,6 +119,21 @@ class Keeper:
             self.save(best=improved)
         if (number := self.stop_number(logs)) and not last:
             self.leave(number)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """What only the first process writes. Where the disk refuses, one process raises at once; of several, all do when
+        they next agree on going on, so that none waits for one that has left."""
+        try:
+            yield
+        except UserError as error:
+            if self.place.world == 1:
+                raise
+            self.problem = self.problem or str(error)
+
+    def tell(self, record: Mapping[str, Any]) -> None:
+        with self.writing():
+            self.folder.log(record)
 
     def due(self, every: int | None) -> bool:
         return bool(every) and self.training.done % every == 0  # type: ignore[operator]
@@ -145,7 +162,7 @@ class Keeper:
             **sums,
         }
         self.latest = {n: v for n, v in values.items() if n not in ("step", "epoch", "seconds")}
-        self.folder.log({"kind": "train", **values})
+        self.tell({"kind": "train", **values})
         self.display.metrics(values)
         self.track("train", self.latest)
 
@@ -154,7 +171,7 @@ class Keeper:
             values = self.training.references()
         if values:
             units = getattr(self.training.model, "loss_units", "")
-            self.folder.log({"kind": "reference", "step": self.training.done, "values": values, "units": units})
+            self.tell({"kind": "reference", "step": self.training.done, "values": values, "units": units})
             self.display.references(values)
             self.track("reference", values)
 
@@ -168,7 +185,7 @@ class Keeper:
                 for monitor in monitors:
                     values.update(monitor(model, self.training.progress()))
         values = self.place.told(values)
-        self.folder.log({"kind": "probe", "step": self.training.done, "values": values})
+        self.tell({"kind": "probe", "step": self.training.done, "values": values})
         self.display.probe(values)
         self.track("probe", values)
         return self.settings.best in values and self.training.done > 0 and self.improves(values[self.settings.best])  # type: ignore[index]
@@ -187,7 +204,8 @@ class Keeper:
                 batch = on_device(training.batches.samples(PREVIEW_SAMPLES), training.device)
                 with torch.no_grad():
                     pictures = model.preview(batch, Seeded(self.settings.seed, 0), self.training.progress())
-                save_pictures(pictures, self.folder.previews, training.done)
+                with self.writing():
+                    save_pictures(pictures, self.folder.previews, training.done)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -218,7 +236,8 @@ class Keeper:
         training.check()
         if self.saved != training.done:
             with self.pause():
-                self.folder.sync_metrics()
+                with self.writing():
+                    self.folder.sync_metrics()
                 about = {
                     "world": self.place.world,
                     "sharded": self.place.sharded,
@@ -230,7 +249,8 @@ class Keeper:
                 checkpoint.write(root, training.done, self.fill, about, self.place)
             self.saved = training.done
         if best and self.place.first:
-            checkpoint.mark_best(root, training.done)
+            with self.writing():
+                checkpoint.mark_best(root, training.done)
         if self.place.first:
             checkpoint.prune(root, self.settings.keep_last)
 
@@ -332,13 +352,19 @@ class Keeper:
 
     # --- ends ---
     def stop_number(self, looks: bool) -> int:
-        """The signal that asked to stop, on every process in the same step; 0 when none did."""
-        number = self.stop.number or 0
+        """The signal that asked to stop, on every process in the same step; 0 when none did.
+
+        Raises ``UserError`` on every process when the first one could not write.
+        """
+        number = _REFUSED if self.problem else self.stop.number or 0
         if self.place.world == 1:
             return number
         if self.training.device.type != "cpu" and not looks:  # asking the others makes the device wait
             return 0
-        return int(self.place.largest(torch.tensor(number, device=self.training.device)))
+        number = int(self.place.largest(torch.tensor(number, device=self.training.device)))
+        if number == _REFUSED:
+            raise UserError(self.place.told(self.problem))
+        return number
 
     def leave(self, number: int) -> None:
         self.save()
@@ -347,39 +373,6 @@ class Keeper:
             f"stopped after step {done} of {steps} and saved; go on with: {resume_command(self.root.info, self.root.path)}",
             number,
         )
-
-    def failed(self, bad: NotFinite) -> failure.StepFailed:
-        """Keep the failed step; the error that tells of it."""
-        training, found = self.training, bad.finding
-        names = self.place.gathered(found.tensor if found is not None else None)
-        # a gradient may be another process's fault, reduced over all of them: what comes before it is nearer to the cause
-        order = sorted((n.startswith("gradient"), i) for i, n in enumerate(names) if n is not None)
-        owner = order[0][1] if order else 0
-        tensor = names[owner] or "the loss (finite when the step was repeated)"
-        state = training.plain_state()
-        if self.place.first:
-            failure.keep_model(self.folder.path, state)
-        if self.place.rank == owner and found is not None:
-            failure.keep(
-                self.folder.path,
-                found,
-                model=training.model,
-                progress=training.progress(bad.step),
-                phase=bad.phase,
-                precision=self.place.precision,
-                seed=self.settings.seed,
-                tensor=tensor,
-            )
-        self.place.barrier()
-        last = checkpoint.whole_checkpoints(self.folder.checkpoints)
-        kept = (
-            f"the checkpoint of step {checkpoint.about(last[0])['step']} is kept"
-            if last
-            else "no checkpoint was due before it"
-        )
-        step = bad.step + 1
-        text = failure.message(step, training.steps, tensor, self.root.info, self.root.path, kept)
-        return failure.StepFailed(text, step, tensor)
 
     def export(self) -> None:
         """``model/`` and ``encoder/``: of the best checkpoint where ``best`` is set, else of the last step."""
@@ -395,5 +388,8 @@ class Keeper:
                 self.display.say(f"best={self.settings.best} was never measured: the last step is exported")
         with training.looking() as model:
             if model is not None:
-                export(model, self.folder.path)
-        self.folder.update(exported_step=step)
+                with self.writing():
+                    export(model, self.folder.path)
+        with self.writing():
+            self.folder.update(exported_step=step)
+        self.stop_number(True)

@@ -175,6 +175,7 @@ def described(describe: Mapping[str, Any]) -> dict[str, Any]:
         "parameters": None,
         "versions": versions(),
         "machine": machine(),
+        "process": this_process(),
         "started": now(),
         "finished": None,
         "seconds": 0.0,
@@ -198,6 +199,11 @@ def versions() -> dict[str, str]:
 def machine() -> dict[str, Any]:
     """What it ran on: the processor's name and cores; the engine adds the device."""
     return {"device": None, "cpu": cpu_name(), "cores": cores(), "gpu": None}
+
+
+def this_process() -> dict[str, Any]:
+    """Who writes the run, as ``process`` in ``run.json`` while it runs: a reader finds out whether it still does."""
+    return {"pid": os.getpid(), "host": platform.node()}
 
 
 def cpu_name() -> str:

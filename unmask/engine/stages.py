@@ -28,6 +28,7 @@ from unmask.engine.run import (
     refuse_occupied,
     reopen,
     stage_folder,
+    this_process,
     write_json,
 )
 from unmask.engine.settings import TrainSettings
@@ -99,11 +100,11 @@ def train(
             with StopRequest(launched=place.world > 1) as stop:
                 keeper = Keeper(training, folder, root, shown, all_monitors, stop, title)
                 _run(keeper, folder, resumed)
-            _close(folder, keeper.seconds())
+            place.together(partial(_close, folder, keeper.seconds()))
             if root is not folder:
-                root.update(seconds=sum(_seconds(stage_folder(out, n, names)) for n in names[: index + 1]))
-        if root is not None and root.info["state"] != "done":
-            root.update(state="done", finished=now(), error=None)
+                place.together(partial(_add_up, root, names[: index + 1], names))
+        if root is not None and place is not None and root.info["state"] != "done":
+            place.together(partial(root.update, state="done", finished=now(), error=None, process=None))
     except BaseException as error:
         if root is not None and root.info.get("state") != "done":
             _tell_end(root, error)
@@ -138,11 +139,15 @@ def _tell_end(folder: RunFolder, error: BaseException) -> None:
     state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
     text = str(error) if isinstance(error, (UserError, Interrupted)) else f"{type(error).__name__}: {error}"
     with suppress(UserError):
-        folder.update(state=state, finished=now(), error=text)
+        folder.update(state=state, finished=now(), error=text, process=None)
 
 
 def _close(folder: RunFolder, seconds: float) -> None:
-    folder.update(state="done", finished=now(), seconds=round(seconds, 3), error=None)
+    folder.update(state="done", finished=now(), seconds=round(seconds, 3), error=None, process=None)
+
+
+def _add_up(root: RunFolder, done: list[str], names: list[str]) -> None:
+    root.update(seconds=sum(_seconds(stage_folder(root.path, n, names)) for n in done))
 
 
 def _seconds(path: Path) -> float:
@@ -186,11 +191,15 @@ def _open_root(out: Path, place: Place, describe: Mapping[str, Any], names: list
     place.barrier()
     if resume:
         root = RunFolder(out, place.told(read_run(out) if place.first else None), writes=place.first)
-    else:
-        stages = names if len(names) > 1 else None
-        root = create(out, {**describe, "stages": stages}, writes=place.first)
-    place.barrier()
-    return root
+        place.barrier()
+        return root
+    return _created(out, {**describe, "stages": names if len(names) > 1 else None}, place)
+
+
+def _created(path: Path, describe: Mapping[str, Any], place: Place) -> RunFolder:
+    made: list[RunFolder] = []
+    place.together(lambda: made.append(create(path, describe, writes=place.first)))
+    return made[0]
 
 
 def _stage_run(
@@ -198,21 +207,22 @@ def _stage_run(
 ) -> tuple[RunFolder, bool]:
     """The stage's folder and whether it goes on from something."""
     told = _facts(stage, training, place, root.info.get("config") or {})
-    root.update(state="running", error=None, finished=None)
+    running = {"state": "running", "error": None, "finished": None, "process": this_process()}
     if count == 1:
         begun = (root.path / "checkpoints").exists()
-        root.update(**told)
-        _tell_skipped(root, training.batches)
+        place.together(lambda: root.update(**running, **told))
+        place.together(lambda: _tell_skipped(root, training.batches))
         return root, place.told(begun)
+    place.together(lambda: root.update(**running))
     begun = place.told(is_run(path))
     if begun:
         folder = RunFolder(path, place.told(read_run(path) if place.first else None), writes=place.first)
-        folder.update(state="running", error=None, finished=None, **told)
+        place.together(lambda: folder.update(**running, **told))
     else:
         shared = {n: root.info.get(n) for n in ("system", "title", "command", "recipe", "auto")}
-        folder = create(path, {**shared, **told, **stage.describe}, writes=place.first)
-        root.update(seed=stage.settings.seed, machine=told["machine"])
-    _tell_skipped(folder, training.batches)
+        folder = _created(path, {**shared, **told, **stage.describe}, place)
+        place.together(lambda: root.update(seed=stage.settings.seed, machine=told["machine"]))
+    place.together(lambda: _tell_skipped(folder, training.batches))
     return folder, begun
 
 

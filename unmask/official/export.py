@@ -121,6 +121,7 @@ def _pretrained_cfg(encoder: Encoder) -> dict[str, Any]:
         "mean": list(known.mean),
         "std": list(known.std),
         "interpolation": known.interpolation,
+        "crop_pct": known.crop,
     }
 
 
@@ -230,4 +231,7 @@ def check_equal(ours: Tensor, theirs: Tensor, where: str) -> None:
         )
     gap, size = float((ours - theirs).abs().max()), float(ours.abs().max())
     if not gap <= TOLERANCE * max(size, 1e-6):
-        raise UserError(f"{where} computes other features (differing by {gap:.2g} of {size:.2g}): nothing was written")
+        raise UserError(
+            f"{where} computes other features (differing by {gap:.2g} of {size:.2g}): nothing was written; "
+            "export --to onnx or safetensors"
+        )

@@ -138,7 +138,8 @@ def line_chart(
     low, high = value_range(lines, levels, zero)
     xs = [x for line in lines for x, _ in line.points] or [0.0, 1.0]
     left_x, right_x = min(xs), max(xs)
-    right_x = right_x if right_x > left_x else left_x + 1
+    if not right_x > left_x:  # one point alone stands on an axis that begins at zero
+        left_x, right_x = min(left_x, 0.0), max(right_x, left_x + 1 if left_x <= 0 else left_x)
     y_ticks = ticks(low, high, max(2, height // 48))
     y_texts = tick_texts(y_ticks, share)
     left = 12 + 6.6 * max((len(t) for t in y_texts), default=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from markupsafe import Markup
 from unmask import catalog
 from unmask.errors import UserError
 from unmask.reports import charts, wording
-from unmask.reports.findings import Probe, best_probe, probe_rows
+from unmask.reports.findings import Probe, beside, best_probe, probe_rows
 from unmask.reports.pages import render, write_page
 from unmask.reports.report import Shown, loss_line, shown_previews
 from unmask.reports.runs import Run, Stage, find_runs, read_run
@@ -51,13 +52,10 @@ class Arm:
         return next(iter(self.stage.last_references().items()), None)
 
     @property
-    def below(self) -> float | None:
-        """How far the loss lies below the best trivial predictor, as a share of it."""
-        return (
-            (self.reference[1] - self.loss) / self.reference[1]
-            if self.loss is not None and self.reference and self.reference[1] > 0
-            else None
-        )
+    def beside(self) -> str:
+        """Where the loss lies from the best trivial predictor: "41 % below"; "" where that cannot be said."""
+        known = self.loss is not None and self.reference and self.reference[1] > 0
+        return beside(self.loss, self.reference[1]) if known else ""  # type: ignore[arg-type, index]
 
     @property
     def rate(self) -> float | None:
@@ -152,10 +150,10 @@ def _values(arms: list[Arm]) -> dict[str, Any]:
         wide, narrow = (charts.dumbbells(rows, title=title, text=text, share=share, width=w) for w in (880, 360))
     curves = _probe_curves(arms)
     return {
-        "title": (", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0])
-        + (f" on {data[0]}" if len(data) == 1 else ""),
+        "title": _listed(names) + (f" on {data[0]}" if len(data) == 1 else ""),
         "lede": _lede(arms, data),
-        "verdict": _verdict(measured),
+        "verdict": verdict(measured),
+        "best": best_of(measured),
         "arms": arms,
         "first": first,
         "dumbbells_wide": wide,
@@ -174,7 +172,7 @@ def _values(arms: list[Arm]) -> dict[str, Any]:
 
 def _lede(arms: list[Arm], data: list[str]) -> str:
     backbones = list(dict.fromkeys(a.stage.backbone for a in arms if a.stage.backbone))
-    who = f"{len(arms)} runs" + (f" of {backbones[0]}" if len(backbones) == 1 else "")
+    who = _who(arms) + (f" of {backbones[0]}" if len(backbones) == 1 else "")
     parts = [who]
     if len(data) > 1:
         parts.append(f"on {len(data)} data sets")
@@ -187,28 +185,100 @@ def _lede(arms: list[Arm], data: list[str]) -> str:
     return ", ".join(parts) + "."
 
 
+def _who(arms: list[Arm]) -> str:
+    """ "3 methods and the supervised arm"; "4 runs" where a method has several."""
+    systems = [a.run.system for a in arms]
+    if len(set(systems)) < len(systems) or not all(systems):
+        return f"{len(arms)} runs"
+    count = sum(not a.supervised for a in arms)
+    methods = f"{count} method{'s' if count != 1 else ''}"
+    return methods if count == len(arms) else f"{methods} and the supervised arm"
+
+
 def _nearly_same(seconds: list[float | None]) -> bool:
     known = [s for s in seconds if s]
     return len(known) == len(seconds) and max(known) <= 1.15 * min(known)
 
 
-def _verdict(measured: list[Arm]) -> str:
-    """The sentence a person takes away: the best method that needs no labels, by how much, and supervised training."""
-    methods = [a for a in measured if not a.supervised] or measured
-    if not methods or not methods[0].probe:
+def _methods(measured: list[Arm]) -> list[tuple[Arm, Probe]]:
+    """The arms that need no labels (all of them where none does) with their probes, best first."""
+    chosen = [a for a in measured if not a.supervised] or measured
+    return sorted(((a, a.probe) for a in chosen if a.probe), key=lambda pair: -pair[1].value)
+
+
+def _level(methods: list[tuple[Arm, Probe]]) -> list[tuple[Arm, Probe]]:
+    """The best method and those that this test cannot tell from it: within two standard deviations of the difference."""
+    best = methods[0][1]
+    return [(a, p) for a, p in methods if best.value - p.value <= 2 * math.hypot(best.error, p.error)]
+
+
+def best_of(measured: list[Arm]) -> Arm | None:
+    """The method whose features are best: better than untrained ones, and than the next method's by more than the noise."""
+    methods = _methods(measured)
+    if not methods or (methods[0][1].margin is not None and methods[0][1].tone != "good"):
+        return None
+    return methods[0][0] if len(_level(methods)) == 1 else None
+
+
+def verdict(measured: list[Arm]) -> str:
+    """The sentence a person takes away: the best method that needs no labels, by how much, and supervised training.
+
+    Nothing is called best that does not beat its random initialisation, or that is ahead by less than the noise.
+    """
+    methods = _methods(measured)
+    if not methods:
         return "No probe was measured on these runs, so they are not ranked."
-    best, probe = methods[0], methods[0].probe
-    text = f"{best.label} has the best features: {probe.label} {wording.metric_value(probe.key, probe.value)}"
-    if probe.margin is not None:
-        text += f", {wording.metric_margin(probe.key, probe.margin)} over its random initialisation"
-    if len(methods) > 1 and methods[1].probe:
-        ahead = probe.value - methods[1].probe.value
-        size = wording.metric_margin(probe.key, ahead).lstrip("+")
-        text += f", {size} ahead of {methods[1].label}" if ahead > 0 else f", level with {methods[1].label}"
-    taught = [a.probe for a in measured if a.supervised and a not in methods and a.probe]
+    probe = methods[0][1]
+    beaten = all(p.margin is not None and p.tone != "good" for _, p in methods)
+    best = best_of(measured)
+    if beaten:
+        chance = " by more than the noise" if any((p.margin or 0) > 0 for _, p in methods) else ""
+        text = f"{_none_of(methods)} random initialisation{chance}: {probe.label} {_with_margins(methods)}"
+    elif best is not None:
+        text = f"{best.label} has the best features: {probe.label} {wording.metric_value(probe.key, probe.value)}"
+        if probe.margin is not None:
+            text += f", {wording.metric_margin(probe.key, probe.margin)} over its random initialisation"
+        if len(methods) > 1:
+            ahead = wording.metric_margin(probe.key, probe.value - methods[1][1].value).lstrip("+")
+            text += f", {ahead} ahead of {methods[1][0].label}"
+    else:
+        level = _level(methods)
+        if len(level) == 1:  # the largest number, and yet not above its own random initialisation
+            text = f"{level[0][0].label} has the largest number and does not beat its random initialisation: "
+        else:
+            text = f"No difference that this test can show between {_listed([a.label for a, _ in level])}: "
+        text += f"{probe.label} {_with_margins(level if len(level) > 1 else methods)}"
+    taught = [a.probe for a in measured if a.supervised and a.probe and all(a is not m for m, _ in methods)]
     if taught:
         text += f". Supervised training of the same backbone reaches {wording.metric_value(probe.key, taught[0].value)}"
+    if probe.sampling:
+        text += (
+            f". Measured on {wording.number(probe.tested)} test images: ± {100 * 2 * probe.sampling:.1f} points each"
+        )
     return text + ". One run each: a small difference between two methods can be chance."
+
+
+def _none_of(methods: list[tuple[Arm, Probe]]) -> str:
+    names = [a.label for a, _ in methods]
+    if len(names) == 1:
+        return f"{names[0]} does not beat"
+    return f"Neither {names[0]} nor {names[1]} beats" if len(names) == 2 else f"None of {_listed(names)} beats"
+
+
+def _with_margins(methods: list[tuple[Arm, Probe]]) -> str:
+    """ "25.0 % (+1.7 points over random initialisation) and 23.1 % (+0.2 points)"."""
+    texts, said = [], False
+    for _, probe in methods:
+        text = wording.metric_value(probe.key, probe.value)
+        if probe.margin is not None:
+            over = "" if said else " over its random initialisation"
+            text, said = f"{text} ({wording.metric_margin(probe.key, probe.margin)}{over})", True
+        texts.append(text)
+    return _listed(texts)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]
 
 
 def _probe_curves(arms: list[Arm]) -> list[tuple[str, Markup, Markup]]:

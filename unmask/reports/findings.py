@@ -1,12 +1,20 @@
-"""What a run found, in sentences: its loss beside trivial predictors, its probe beside random initialisation."""
+"""What a run found, in sentences: its loss beside trivial predictors, its probe beside random initialisation.
+
+Report, comparison, table of runs and the last screen of a training say the same because all of them ask here:
+
+- :func:`loss_finding`: the final loss (the mean over the last twentieth of what was logged) and its sentence;
+- :func:`beside`: how far a loss lies from a level, "41 % below";
+- :func:`best_probe`, :func:`probe_finding`: the number a run is judged by and its sentence.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from unmask.reports.runs import Run, Stage, finite
-from unmask.reports.wording import PROBES, metric_margin, metric_name, metric_value, number, probe_name
+from unmask.reports.wording import PROBES, is_share, metric_margin, metric_name, metric_value, number, probe_name
 
 RANDOM = "random initialisation"
 _PREFERRED = ("top1", "accuracy", "knn_top1", "rankme")
@@ -39,6 +47,7 @@ class Probe:
     )  # standard deviations over seeds, of baselines measured on several
     seeds: int = 1  # initialisations that the random baseline was measured on
     while_training: bool = False
+    tested: int | None = None  # samples that it was measured on
 
     @property
     def random(self) -> float | None:
@@ -54,9 +63,22 @@ class Probe:
         return self.spreads.get(RANDOM, 0.0)
 
     @property
+    def sampling(self) -> float:
+        """The standard deviation of a share that comes from testing on few samples; 0 where that is not known."""
+        if not self.tested or not is_share(self.key) or not 0 <= self.value <= 1:
+            return 0.0
+        share = (self.value * self.tested + 1) / (self.tested + 2)  # all or none right is no certainty either
+        return math.sqrt(share * (1 - share) / self.tested)
+
+    @property
+    def error(self) -> float:
+        """Both together: the standard deviation that a difference is read against."""
+        return math.hypot(self.noise, self.sampling)
+
+    @property
     def tone(self) -> str:
-        """ "good" above the noise of random initialisation (two standard deviations), "bad" below it, "" within."""
-        if self.margin is None or abs(self.margin) <= 2 * self.noise:
+        """ "good" above random initialisation by more than the noise (two standard deviations), "bad" below it, "" within."""
+        if self.margin is None or abs(self.margin) <= 2 * self.error:
             return ""
         return "good" if self.margin > 0 else "bad"
 
@@ -73,13 +95,14 @@ def probe_rows(evaluation: dict[str, Any]) -> list[Probe]:
     baselines = {str(k): v for k, v in (evaluation.get("baseline") or {}).items() if isinstance(v, dict)}
     name = str(evaluation.get("probe") or "probe")
     seeds = len((baselines.get(RANDOM) or {}).get("seeds") or [0])
+    tested = int(evaluation["test_samples"]) if finite(evaluation.get("test_samples")) else None
     rows = []
     for key, value in evaluation.items():
         if not finite(value) or not (key in _KNOWN or any(key in v for v in baselines.values())):
             continue
         same = {k: float(v[key]) for k, v in baselines.items() if finite(v.get(key))}
         spreads = {k: float(v[f"{key}_std"]) for k, v in baselines.items() if finite(v.get(f"{key}_std"))}
-        rows.append(Probe(name, key, float(value), same, spreads, seeds))
+        rows.append(Probe(name, key, float(value), same, spreads, seeds, tested=tested))
     return sorted(rows, key=lambda r: _PREFERRED.index(r.key) if r.key in _PREFERRED else len(_PREFERRED))
 
 
@@ -133,12 +156,22 @@ def probe_finding(run: Run) -> Finding | None:
         sentence = f"No different from the same network at random initialisation ({start})."
     else:
         side = "above" if found.margin > 0 else "below"
-        sentence = f"{size} {side} the same network at random initialisation ({start}): within its noise."
+        sentence = f"{size} {side} the same network at random initialisation ({start}): within its noise"
+        sentence += f" and that of {number(found.tested)} test images." if found.sampling else "."
     return Finding(value, found.label, sentence, found.tone)
 
 
+def beside(loss: float, level: float) -> str:
+    """How far a loss lies from a level above zero, in words: "41 % below", "70 % above", "level"."""
+    share = round(100 * abs(loss - level) / level)
+    return f"{share} % {'below' if loss < level else 'above'}" if share else "level"
+
+
 def loss_finding(stage: Stage) -> Finding | None:
-    """The final loss beside the best trivial predictor, and beside the others."""
+    """The final loss beside the best trivial predictor, and beside the others: ``value`` is ``Stage.final_loss`` as text.
+
+    None where no loss was logged.
+    """
     final = stage.final_loss()
     if final is None:
         return None
@@ -154,12 +187,12 @@ def loss_finding(stage: Stage) -> Finding | None:
         return Finding(
             number(loss), label, f"The best trivial predictor, {best}, reaches {number(level)}{others_text}."
         )
-    share = round(100 * abs(loss - level) / level)
-    if loss < level and share:
-        sentence = f"{share} % below the best trivial predictor, {best}: {number(level)}{others_text}."
+    distance = beside(loss, level)
+    if distance.endswith("below"):
+        sentence = f"{distance} the best trivial predictor, {best}: {number(level)}{others_text}."
         return Finding(number(loss), label, sentence, "good")
-    if not share:
-        sentence = f"No better than a trivial predictor: {best} reaches {number(level)}{others_text}."
+    if distance.endswith("above"):
+        sentence = f"{distance} what needs no learning: {best} reaches {number(level)}{others_text}."
     else:
-        sentence = f"{share} % above what needs no learning: {best} reaches {number(level)}{others_text}."
+        sentence = f"No better than a trivial predictor: {best} reaches {number(level)}{others_text}."
     return Finding(number(loss), label, sentence, "bad")

@@ -54,6 +54,7 @@ class StagePage:
     charts: list[Chart]
     config: list[tuple[str, list[tuple[str, Any]]]]
     facts: list[tuple[str, str]]
+    few: str = ""  # the metrics in words, where they are too few for a curve
 
     @property
     def pictures_title(self) -> str:
@@ -146,11 +147,11 @@ def _lede(run: Run) -> str:
                 + " pixels"
             )
     done, asked = stage.steps_done, stage.steps
-    epochs = max((r.get("epoch") or 0 for r in stage.train), default=0)
+    epochs = stage.epochs
     steps = wording.number(done) + (f" of {wording.number(asked)}" if asked and done < asked else "")
     how = f" for {steps} steps" + (f" of {stage.batch_size} images" if stage.batch_size else "")
     if epochs:
-        how += f" ({wording.number(round(epochs, 1))} epochs)"
+        how += f" ({wording.passes(epochs)})"
     time = f", in {wording.duration(run.seconds)}" if run.seconds else ""
     chain = f" Its {len(run.stages)} stages: {', '.join(s.name for s in run.stages)}." if len(run.stages) > 1 else ""
     return f"{who}{what or ' trained'}{how}{time}.{chain}"
@@ -200,6 +201,14 @@ def _state(run: Run) -> dict[str, str] | None:
             "then": "It was saved and goes on from there:",
             "command": resume,
         }
+    if run.state == "stopped":
+        return {
+            "tone": "wait",
+            "title": f"Stopped at {where}",
+            "text": "",
+            "then": "Its process is gone: it was killed. It goes on from its last checkpoint:",
+            "command": resume,
+        }
     title = f"Not finished: {where} when this page was written"
     then = "Still running, or stopped without a word. If it stopped, it goes on from its last checkpoint:"
     return {"tone": "wait", "title": title, "text": "", "then": then, "command": resume}
@@ -230,7 +239,12 @@ def stage_page(stage: Stage, prefix: str = "") -> StagePage:
     ]
     wide = narrow = None
     legend: list[tuple[str, str, str, str]] = []
-    if curve:
+    few = ""
+    if len(curve) == 1:
+        step, value = curve[0]
+        few = f"One line of metrics was written, at step {wording.number(step)}: loss {wording.number(value)}"
+        few += "".join(f"; {level.name} {wording.number(level.value)}" for level in levels) + "."
+    elif curve:
         line = loss_line(stage, "model")
         title = "The loss over the steps" + (", beside trivial predictors" if levels else "")
         wide = charts.line_chart([line], levels, name=f"{key}-loss", title=title, width=880, height=330, labels=True)
@@ -240,7 +254,8 @@ def stage_page(stage: Stage, prefix: str = "") -> StagePage:
         legend += [(level.name, level.color, level.dash, wording.number(level.value)) for level in levels]
     config = [(name, list(wording.flat(values).items())) for name, values in stage.config.items() if values]
     facts = [(k.replace("_", " "), wording.value_text(v)) for k, v in stage.facts.items() if v not in (None, [], "")]
-    return StagePage(stage, shown_previews(stage), wide, narrow, legend, _small_charts(stage, key), config, facts)
+    small = _small_charts(stage, key)
+    return StagePage(stage, shown_previews(stage), wide, narrow, legend, small, config, facts, few)
 
 
 def loss_line(stage: Stage, name: str, color: str = charts.COLORS[0]) -> charts.Line:
@@ -254,6 +269,8 @@ def loss_line(stage: Stage, name: str, color: str = charts.COLORS[0]) -> charts.
 def _small_charts(stage: Stage, key: str) -> list[Chart]:
     out = []
     for name, points in stage.probe_curves().items():
+        if len(points) < 2:
+            continue
         level = _baseline_level(stage, name, points)
         chart = charts.line_chart(
             [charts.Line(name, points, charts.COLORS[1], dots=True)],
@@ -266,7 +283,7 @@ def _small_charts(stage: Stage, key: str) -> list[Chart]:
         out.append(Chart(wording.metric_name(name), chart, "dashed: random initialisation" if level else ""))
     for name in ("lr", "images_per_second", "grad_norm"):
         points = stage.curve(name)
-        if points:
+        if len(points) > 1:
             line = charts.Line(
                 name,
                 charts.smoothed(points) if name != "lr" else points,
@@ -278,9 +295,11 @@ def _small_charts(stage: Stage, key: str) -> list[Chart]:
             )
             out.append(Chart(wording.metric_name(name), chart))
     for name in stage.other_losses()[:6]:
-        points = stage.curve(name)
-        line = charts.Line(name, charts.smoothed(points), charts.COLORS[0], raw=points)
-        out.append(Chart(wording.metric_name(name), charts.line_chart([line], name=f"{key}-{name}", title=name)))
+        points, words = stage.curve(name), wording.metric_name(name)
+        if len(points) > 1:
+            line = charts.Line(name, charts.smoothed(points), charts.COLORS[0], raw=points)
+            chart = charts.line_chart([line], name=f"{key}-{name}", title=words, share=wording.is_share(name))
+            out.append(Chart(words, chart))
     return out
 
 
@@ -354,6 +373,8 @@ def _probe_notes(evaluation: dict[str, Any]) -> list[str]:
         )
     if wording.finite(evaluation.get("seconds")):
         notes.append(f"in {wording.duration(evaluation['seconds'])}")
+    if evaluation.get("split"):
+        notes.append(f"{'· ' if notes else ''}{evaluation['split']}")
     return notes
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
+import platform
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -47,6 +49,7 @@ class Stage:
     skipped: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     pictures: list[Path] = field(default_factory=list)
+    saved: int = 0  # the step of the last checkpoint
 
     @property
     def config(self) -> dict[str, Any]:
@@ -59,7 +62,7 @@ class Stage:
 
     @property
     def state(self) -> str:
-        return str(self.info.get("state") or "unknown")
+        return present_state(self.info)
 
     @property
     def steps(self) -> int | None:
@@ -68,9 +71,16 @@ class Stage:
 
     @property
     def steps_done(self) -> int:
-        """Optimiser steps that the log knows of; all of them when the run is done."""
-        logged = int(max((r.get("step") or 0 for r in self.train), default=0))
-        return max(logged, self.steps or 0) if self.state == "done" else logged
+        """Optimiser steps that the log or the last checkpoint knows of; all of them when the run is done."""
+        known = int(max((r.get("step") or 0 for r in self.train), default=0))
+        return max(known, self.saved, self.steps or 0 if self.state == "done" else 0)
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the data when the last step was done; 0 where the log does not say."""
+        last = self.train[-1] if self.train else {}
+        epoch, step = last.get("epoch"), last.get("step")
+        return float(epoch or 0) * self.steps_done / step if finite(epoch) and finite(step) and step else 0.0
 
     @property
     def batch_size(self) -> int | None:
@@ -82,10 +92,9 @@ class Stage:
 
     @property
     def seconds(self) -> float | None:
-        value = self.info.get("seconds")
-        if value is None:
-            value = max((r["seconds"] for r in self.train if finite(r.get("seconds"))), default=None)
-        return float(value) if value is not None and finite(value) else None
+        """As ``run.json`` says, or the last line of the log where a run left without a word."""
+        known = [r["seconds"] for r in (self.info, *self.train[-1:]) if finite(r.get("seconds"))]
+        return float(max(known)) if known else None
 
     @property
     def backbone(self) -> str:
@@ -177,7 +186,8 @@ class Run:
 
     @property
     def state(self) -> str:
-        return str(self.info.get("state") or "unknown")
+        """done, running, interrupted, failed; "stopped" where it says running and its process is gone."""
+        return present_state(self.info)
 
     @property
     def command(self) -> str:
@@ -192,14 +202,34 @@ class Run:
 
     @property
     def seconds(self) -> float | None:
-        if finite(self.info.get("seconds")):
-            return float(self.info["seconds"])
+        told = [float(self.info["seconds"])] if finite(self.info.get("seconds")) else []
         known = [s.seconds for s in self.stages if s.seconds is not None]
-        return sum(known) if known else None
+        return max([*told, *([sum(known)] if known else [])], default=None)
 
     @property
     def name(self) -> str:
         return self.path.resolve().name
+
+
+def present_state(info: dict[str, Any]) -> str:
+    """The state that ``run.json`` tells; "stopped" where it tells "running" and the process that wrote it, on this machine,
+    is gone: it was killed."""
+    state, process = str(info.get("state") or "unknown"), info.get("process")
+    if state != "running" or not isinstance(process, dict) or process.get("host") != platform.node():
+        return state
+    return "running" if _lives(process.get("pid")) else "stopped"
+
+
+def _lives(pid: Any) -> bool:
+    if os.name != "posix" or not isinstance(pid, int) or pid <= 0:  # elsewhere signal 0 is no question
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 def finite(value: Any) -> bool:
@@ -260,6 +290,7 @@ def _stage(name: str, folder: Path, info: dict[str, Any]) -> Stage:
     kinds = {"train": stage.train, "reference": stage.references, "probe": stage.probes}
     for record in _lines(folder / "metrics.jsonl"):
         kinds.get(str(record.get("kind")), []).append(record)
+    stage.saved = _saved_step(folder / "checkpoints" / "latest")
     skipped = _json(folder / "skipped.json")
     stage.skipped = [r for r in skipped if isinstance(r, dict)] if isinstance(skipped, list) else []
     stage.previews = _previews(folder / "previews")
@@ -269,6 +300,15 @@ def _stage(name: str, folder: Path, info: dict[str, Any]) -> Stage:
             stage.evaluations.append({"probe": path.stem, **value})
     stage.pictures = sorted((folder / "evaluation").glob("*.png"))
     return stage
+
+
+def _saved_step(latest: Path) -> int:
+    """The step in a text like "step-00000100"; 0 where there is none."""
+    try:
+        digits = latest.read_text(encoding="utf-8").strip().removeprefix("step-")
+    except (OSError, ValueError):
+        return 0
+    return int(digits) if digits.isdecimal() else 0
 
 
 def _previews(folder: Path) -> list[Preview]:

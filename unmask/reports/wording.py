@@ -79,6 +79,12 @@ def number(value: Any) -> str:
     return f"{value:.{max(0, 2 - math.floor(math.log10(size)))}f}"
 
 
+def passes(epochs: float) -> str:
+    """How often the data was gone through: "12 epochs", "1 epoch", "0.3 epochs", "0.02 epochs"."""
+    text = f"{epochs:.1f}".removesuffix(".0") if epochs >= 0.1 else f"{epochs:.1g}"
+    return f"{text} epoch{'' if text == '1' else 's'}"
+
+
 def power(value: float) -> str:
     """A small number as "3.1 × 10⁻⁴"."""
     mantissa, _, exponent = f"{value:.2g}".partition("e") if abs(value) < 1e-4 else f"{value:.1e}".partition("e")

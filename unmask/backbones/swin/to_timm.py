@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from typing import Any, cast
 
 from torch import Tensor
@@ -32,6 +34,7 @@ def timm_twin(encoder: Encoder) -> TimmTwin:
         if present:
             raise UserError(f"timm has no Swin with {option}: export --to safetensors or onnx")
     _refuse_other_windows(swin)
+    _refuse_padding(swin)
     arguments: dict[str, Any] = {
         "img_size": list(swin.image_size),
         "patch_size": swin.patch_size[0] if len(set(swin.patch_size)) == 1 else list(swin.patch_size),
@@ -63,6 +66,36 @@ def _refuse_other_windows(swin: Swin) -> None:
                 "export --to onnx or safetensors, or train with a square --image-size"
             )
         size = tuple((s + 1) // 2 for s in size)
+
+
+def _refuse_padding(swin: Swin) -> None:
+    """Where windows do not divide a map, padding is masked here and attended to in timm."""
+    size, window = swin.grid(), tuple_of(swin.config.window_size, 2)
+    if _divided(size, window, len(swin.config.depths)):
+        return
+    height, width = swin.image_size
+    raise UserError(
+        f"windows of {' x '.join(map(str, window))} do not divide the maps of a {height}x{width} Swin, and timm lets tokens "
+        f"attend to the padding: export --to onnx or safetensors{_size_that_fits(swin, window)}"
+    )
+
+
+def _divided(size: Sequence[int], window: tuple[int, ...], stages: int) -> bool:
+    for _ in range(stages):
+        if any(s % w for s, w in zip(size, clamp_window(size, window, (0, 0))[0], strict=True)):
+            return False
+        size = [(s + 1) // 2 for s in size]
+    return True
+
+
+def _size_that_fits(swin: Swin, window: tuple[int, ...]) -> str:
+    """The nearest square image whose maps are whole windows."""
+    patch, now, stages = swin.patch_size, max(swin.image_size), len(swin.config.depths)
+    step = math.lcm(*patch)
+    sides = sorted(range(step, 2 * now + step, step), key=lambda s: (abs(s - now), -s))
+    fits = (s for s in sides if _divided([s // p for p in patch], window, stages))
+    found = next((s for s in fits if s >= step * max(window)), None)
+    return f", or train with --image-size {found}" if found else ""
 
 
 def _state(swin: Swin) -> dict[str, Tensor]:

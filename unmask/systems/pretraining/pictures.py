@@ -10,7 +10,7 @@ from torch import Tensor
 from unmask.contracts import Picture, Preprocessing
 from unmask.data.showing import displayable, uint8_images
 
-GREY = 0.5  # what hidden pixels look like in "what the model saw"
+HIDDEN = (94, 112, 140)  # a blue-grey that few photographs hold: hidden pixels in "what the model saw"
 
 
 def reconstruction_picture(
@@ -31,9 +31,10 @@ def reconstruction_picture(
     shown = displayable_together(together, len(original), preprocessing)
     first, guess, *others = shown
     hidden = hidden.cpu()
+    paint = torch.tensor(HIDDEN, dtype=first.dtype).view(1, 3, 1, 1) / 255
     columns: dict[str, Tensor] = {
         "original": first,
-        "what the model saw": torch.where(hidden, torch.full_like(first, GREY), first),
+        "what the model saw": torch.where(hidden, paint, first),
         "prediction": guess,
         "pasted": torch.where(hidden, guess, first),
         **dict(zip(more or {}, others, strict=True)),
