@@ -15,8 +15,8 @@ def main(folder: str) -> None:
     scores = unmask.evaluate(run, probe="rankme")
     print(f"directions in use: {scores['rankme']:.1f}")
     encoder = unmask.load(run)
-    images = torch.zeros(1, encoder.in_channels, *encoder.image_size)  # standardised images, [B, C, H, W]
-    print("features:", tuple(encoder(images).shape))
+    pixels = torch.randint(0, 256, (1, encoder.in_channels, *encoder.image_size))  # your images, [B, C, H, W]
+    print("features:", tuple(encoder(encoder.preprocessing.standardise(pixels)).shape))
 
 
 if __name__ == "__main__":

@@ -70,6 +70,11 @@ class Preprocessing:
     def plain(self) -> dict[str, Any]:
         return asdict(self)
 
+    def standardise(self, pixels: Tensor) -> Tensor:
+        """``(pixels / full_range - mean) / std`` of ``[B, C, H, W]`` (or ``[C, H, W]``) that have ``image_size`` already."""
+        mean, std = (torch.tensor(v, device=pixels.device)[:, None, None] for v in (self.mean, self.std))
+        return (pixels.float() / self.full_range - mean) / std
+
     @staticmethod
     def of(values: Mapping[str, Any]) -> Preprocessing:
         lists: dict[str, Any] = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in values.items()}

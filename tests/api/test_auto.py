@@ -34,7 +34,7 @@ def test_300_grey_16_bit_images_get_a_small_model_their_own_shape_and_many_epoch
     assert choice.train["batch_size"] == 32
     assert choice.train["epochs"] == 400
     assert len(choice.lines) == 3
-    assert "300 grey images 200 x 150, 16 bit" in choice.lines[0]
+    assert "300 grey images 150 x 200 (height x width), 16 bit" in choice.lines[0]
 
 
 def test_a_million_photographs_on_a_gpu_get_the_paper_s_setting():

@@ -51,6 +51,12 @@ TRAIN = {
     "a size that is none": (["train", "mae", "--image-size", "big"], ["--image-size big", "96x128"]),
     "a value of the wrong type": (["train", "mae", "mask_ratio=high"], ["mask_ratio", "high", "number"]),
     "a training value of the wrong type": (["train", "mae", "train.clip_norm=soft"], ["clip_norm", "soft"]),
+    "a rate that is none, with data": (["train", "mae", "--data", "plain", "train.lr=abc"], ["lr", "abc", "number"]),
+    "steps that are none, with data": (["train", "mae", "--data", "plain", "train.steps=x"], ["steps", "x", "integer"]),
+    "a backbone that is none, with data": (
+        ["train", "mae", "--data", "plain", "--backbone", "vit_giant"],
+        ["vit_giant"],
+    ),
     "a patch that does not divide": (["train", "mae", "--image-size", "30"], ["patch 4 does not divide", "30", "28"]),
     "a ratio above one": (["train", "mae", "mask_ratio=1.5"], ["mask_ratio", "1.5", "less than 1"]),
     "a ratio of zero": (["train", "mae", "mask_ratio=0"], ["mask_ratio", "0", "greater than 0"]),

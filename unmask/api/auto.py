@@ -93,8 +93,6 @@ def choose(
     else:
         size = (size, size) if isinstance(size, int) else tuple(size)
         patch = multiple or _patch(size, machine, exact=True)
-    tokens = math.prod(side // patch for side in size)
-
     model = asked or f"vit_{_model(count, machine)}_patch{patch}"
     choice.model["backbone"] = {"name": model}
 
@@ -119,7 +117,7 @@ def choose(
     choice.data |= {"augment": "crop_flip", "crop_scale": [0.5 if small else 0.2, 1.0], "normalise": "dataset"}
     if base["data"].get("augment") == "rand_augment":  # a classifier's recipe knows better
         del choice.data["augment"]
-    choice.lines = _lines(facts, machine, count, median, alike, size, patch, tokens, model, asked, batch, epochs, lr)
+    choice.lines = _lines(facts, machine, count, median, alike, size, patch, model, asked, batch, epochs, lr, given)
     return choice
 
 
@@ -227,35 +225,41 @@ def _lines(
     alike: bool,
     size: tuple[int, ...],
     patch: int,
-    tokens: int,
     model: str,
     asked: str | None,
     batch: int,
     epochs: float | None,
     lr: float,
+    given: Mapping[str, Mapping[str, Any]],
 ) -> list[str]:
     height, width = median
     kind = {1: "grey", 3: "colour"}.get(facts.channels or 3, f"{facts.channels}-channel")
     number = f"{facts.count:,}" if facts.count is not None else "a stream of"
-    sizes = f"{width} x {height}" if alike else f"of many shapes (median {width} x {height})"
+    sizes = f"{height} x {width}" if alike else f"of many shapes (median {height} x {width})"
     length = f"{epochs:g} epochs" if epochs is not None else "the steps you gave"
-    shown = f"{size[1]} x {size[0]} pixels"
-    if not _hierarchical(asked):
-        shown += f" ({tokens} patches of {patch})"
+    shown = f"{size[0]} x {size[1]} pixels"
+    if not _hierarchical(asked) and not any(side % patch for side in size):
+        shown += f" ({math.prod(side // patch for side in size)} patches of {patch})"
     shrunk = size[0] * size[1] < 0.9 * height * width
+    if given["model"].get("init"):
+        why = "the encoder it starts from brings its backbone and its image size"
+    elif given["data"].get("image_size") is not None:
+        why = "the image size is yours" + (
+            ", and so is the backbone" if asked else f", and patches of {patch} divide it"
+        )
+    elif asked:
+        why = f"you asked for {asked}, whose images are multiples of {patch}"
+    else:
+        why = f"{'smaller images keep' if shrunk else 'the images keep their size, which keeps'} a step affordable on this device"
+    if epochs is None or given["train"].get("epochs") is not None:
+        length_why = "your length stands"
+    else:
+        length_why = f"{count / batch:.0f} steps an epoch leave every image seen {epochs:g} times"
+    own_rate = given["train"].get("lr") is not None or given["train"].get("base_lr") is not None
+    rate_why = "your rate stands" if own_rate else "the rate is the recipe's, scaled with the square root of the batch"
     return [
-        f"auto: {number} {kind} images {sizes}, {facts.bit_depth or 8} bit; {machine.words}",
+        f"auto: {number} {kind} {'image' if facts.count == 1 else 'images'} {sizes} (height x width), "
+        f"{facts.bit_depth or 8} bit; {machine.words}",
         f"auto: {model} on {shown}, batch {batch}, {length}, learning rate {lr:g}",
-        "auto: because "
-        + "; ".join(
-            [
-                f"{'smaller images keep' if shrunk else 'the images keep their size, which keeps'} a step affordable on this device"
-                if not asked
-                else f"you asked for {asked}, whose images are multiples of {patch}",
-                f"{count / batch:.0f} steps an epoch leave every image seen {epochs:g} times"
-                if epochs
-                else "your length stands",
-                "the rate is the recipe's, scaled with the square root of the batch",
-            ]
-        ),
+        f"auto: because {why}; {length_why}; {rate_why}",
     ]

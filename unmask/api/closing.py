@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from unmask import catalog
+from unmask.reports.findings import beside
 from unmask.reports.runs import Run, finite, read_run
 from unmask.reports.wording import duration
 
 _SHARES = ("top1", "top5", "knn_top1")
+_COMMONEST = "always the commonest class"
 
 
 def facts(path: Path) -> dict[str, Any]:
     """What a run came to, as plain values (``unmask train --json``)."""
     run = read_run(path)
     stage = run.last
-    loss = stage.curve("loss")
+    loss = stage.final_loss()
     return {
         "run": str(path),
         "system": run.system,
         "state": run.state,
         "steps": stage.steps_done,
         "seconds": run.seconds,
-        "loss": loss[-1][1] if loss else None,
+        "loss": loss[0] if loss else None,
         "references": stage.last_references(),
         "units": stage.units,
         "evaluation": {str(e.get("probe")): _numbers(e) for e in run.evaluations},
@@ -38,10 +41,10 @@ def screen(path: Path) -> str:
     stage, spent = run.last, duration(run.seconds).replace("\u202f", " ")  # a page's thin spaces: terminals lack them
     lines = [f"{run.system} on {stage.data}: {stage.steps_done} steps in {spent}, {run.state}"]
     lines += _loss_lines(run)
-    for evaluation in run.evaluations:
+    for evaluation in sorted(run.evaluations, key=lambda e: e.get("probe") != "accuracy"):
         lines += [score_line(evaluation)]
-    folder = shown(path)
-    lines += ["", f"  report   {folder}/report.html", f"  encoder  {folder}/encoder/"]
+    folder = shlex.quote(shown(path))
+    lines += ["", f"  report   {shown(path)}/report.html", f"  encoder  {shown(path)}/encoder/"]
     lines += ["", "next:"]
     labelled = any(e.get("top1") is not None for e in run.evaluations)
     probe = (
@@ -50,7 +53,7 @@ def screen(path: Path) -> str:
     baseline = catalog.supervised().slug
     if run.system == baseline:
         probe = f"unmask predict {folder} IMAGE.png"
-    lines += [f"  {probe}", f"  unmask export {folder} --to timm -o exported/"]
+    lines += [f"  {probe}", f"  unmask export {folder} --to {_format(path)} -o exported/"]
     if run.system != baseline:
         lines += [f"  unmask train {baseline} --data LABELLED init={folder}        fine-tune it"]
     return "\n".join(lines)
@@ -58,23 +61,41 @@ def screen(path: Path) -> str:
 
 def _loss_lines(run: Run) -> list[str]:
     stage = run.last
-    loss = stage.curve("loss")
-    if not loss:
+    final = stage.final_loss()
+    if final is None:
         return []
-    last = sum(value for _, value in loss[-5:]) / len(loss[-5:])
-    lines = [f"  loss {last:.4g}"]
+    last, logged = final
+    lines = [f"  loss {last:.4g}" + (f" (mean of the last {logged} logged steps)" if logged > 1 else "")]
     references = stage.last_references()
     if references:
         best, value = next(iter(references.items()))
-        word = "below" if last < value else "NOT below"
+        distance = beside(last, value) if value > 0 else "below" if last < value else "level"
+        learns = distance.endswith("below")
+        word = distance if learns else "NOT below"
         rest = ", ".join(f"{name} {number:.3g}" for name, number in references.items())
         lines[0] += (
             f", {word} the best trivial guess ({best}): it learns"
-            if last < value
+            if learns
             else f", {word} the best trivial guess ({best}): train longer"
         )
         lines.append(f"  trivial guesses: {rest}{f' ({stage.units})' if stage.units else ''}")
     return lines
+
+
+def _format(run: Path) -> str:
+    """What the encoder can be exported to: timm where it has a counterpart there, else ONNX."""
+    from unmask.api.loading import load
+    from unmask.contracts import Encoder
+    from unmask.errors import UserError
+    from unmask.official.export import timm_twin
+
+    try:
+        encoder = load(run)
+        assert isinstance(encoder, Encoder)
+        timm_twin(encoder)
+    except (UserError, AssertionError):
+        return "onnx"
+    return "timm"
 
 
 def score_line(evaluation: Mapping[str, Any]) -> str:
@@ -85,6 +106,10 @@ def score_line(evaluation: Mapping[str, Any]) -> str:
     if key is None:
         return f"  {probe}: no number"
     value = _amount(key, evaluation[key])
+    if probe == "accuracy":
+        count, commonest = evaluation.get("test_samples"), (evaluation.get("baseline") or {}).get(_COMMONEST) or {}
+        beside = f", {_COMMONEST} {_amount(key, commonest[key])}" if finite(commonest.get(key)) else ""
+        return f"  right on {count} test images: {value}{beside}"
     name = f"{probe} probe" if key != "rankme" else "RankMe (directions in use)"
     before = f", random initialisation {_amount(key, baseline[key])}" if finite(baseline.get(key)) else ""
     return f"  {name}: {value}{before}"

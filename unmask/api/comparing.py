@@ -60,8 +60,8 @@ def compare(
     A budget in time is turned into steps by timing a few steps of each method first (data ready, nothing compiled), so
     that each has a schedule that ends; what was really spent is in the result. supervised: also the supervised baseline on
     the same backbone, where there are labels. Returns ``{"metric", "budget", "data", "backbone", "seed", "rows", "report"}``,
-    each row ``{name, score, steps, seconds, run}``; the same lies in ``compare.json``. Everything is checked before the
-    first method trains.
+    each row ``{name, score, spread, steps, seconds, run}`` (spread: over seeds, of random initialisation); the same lies in
+    ``compare.json``. Everything is checked before the first method trains.
     """
     from unmask.api.plan import plan
     from unmask.api.training import _free_folder, _refuse_occupied, _stderr, carry_out
@@ -110,6 +110,7 @@ def compare(
         {
             "name": "random initialisation",
             "score": _shown(key, rows[0].pop("random")),
+            "spread": _shown(key, rows[0].pop("spread")),
             "steps": 0,
             "seconds": 0,
             "run": "",
@@ -117,6 +118,9 @@ def compare(
     )
     for row in rows:
         row.pop("random", None)
+        row.setdefault("spread", None)
+        if row["run"]:
+            row["spread"] = None
     outcome = {
         "metric": f"{probe} {key}",
         "budget": allowance.words,
@@ -203,6 +207,7 @@ def _measured(name: str, run: Path, probe: str, seed: int, device: str, talk: Ta
         "seconds": round(read.seconds or 0, 1),
         "run": str(run),
         "random": random.get(key),
+        "spread": random.get(f"{key}_std"),
     }
 
 

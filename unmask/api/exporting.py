@@ -90,6 +90,8 @@ def export(
     if not isinstance(encoder, Encoder):
         raise UserError(f"{encoder.slug or type(encoder).__name__} has no encoder to export: share its model/ folder")
     if to != "hub":
+        if (Path(out) / "config.json").is_file():
+            raise UserError(f"{out} holds a model already: give another folder with -o")
         refuse_occupied(Path(out))
     return export_encoder(encoder, to, out, system=_trained_by(model))
 

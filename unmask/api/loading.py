@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from unmask.contracts import Encoder, Trainable
 from unmask.errors import UserError
@@ -36,7 +43,8 @@ def load(model: Any, *, whole: bool = False, **options: Any) -> Encoder | Traina
             raise UserError(f"{name} is a backbone, and a whole system is needed: give a run")
         return _backbone(name, options)
     if name.count("/") == 1 and not name.startswith((".", "/")):
-        return hub.load_trainable(name) if whole else hub.load_encoder(name)
+        with _quick_hub():
+            return hub.load_trainable(name) if whole else hub.load_encoder(name)
     raise UserError(
         f"no model {name}: give a run (unmask runs DIR lists them), an export, timm/NAME or a hub id (user/name)"
     )
@@ -67,10 +75,54 @@ def _folder(path: Path, whole: bool) -> Encoder | Trainable:
         raise UserError(f"{path} is a file: an official checkpoint comes in with unmask import SYSTEM {path} -o DIR")
     if is_run(path):
         path = model_folder(path)
+    foreign = _foreign(path)
+    if foreign.get("format") == "onnx":
+        raise UserError(
+            f"{path} is an ONNX export, which onnxruntime runs: give the run, or export it --to safetensors or timm"
+        )
+    if "architecture" in foreign and "pretrained_cfg" in foreign:
+        if whole:
+            raise UserError(f"{path} is an encoder in timm's layout, and a whole system is needed: give a run")
+        return _of_timm(path, foreign)
     if not whole and not (path / "encoder").is_dir() and _kind(path) == "trainable":
         loaded = hub.load_trainable(path)
         return loaded.encoder if loaded.encoder is not None else loaded
     return hub.load_trainable(path) if whole else hub.load_encoder(path)
+
+
+def _foreign(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a folder that ``load_encoder`` would not take; empty where there is none."""
+    try:
+        described = json.loads((folder / hub.CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return described if isinstance(described, dict) and "kind" not in described else {}
+
+
+def _of_timm(folder: Path, described: Mapping[str, Any]) -> Encoder:
+    """The encoder in a folder in timm's own layout (``unmask export --to timm``)."""
+    from unmask.backbones import build
+    from unmask.contracts import Preprocessing
+
+    known = described["pretrained_cfg"] or {}
+    channels, *size = known.get("input_size") or (3, 224, 224)
+    arguments = dict(described.get("model_args") or {})
+    for name in ("img_size", "in_chans", "num_classes"):
+        arguments.pop(name, None)
+    encoder = build(
+        f"timm/{described['architecture']}",
+        image_size=tuple(size),
+        in_channels=channels,
+        weights=str(folder / hub.WEIGHTS),
+        arguments=arguments,
+    )
+    encoder.options = {k: v for k, v in encoder.options.items() if k != "weights"}
+    if known.get("mean") and known.get("std"):
+        how = str(known.get("interpolation") or "bicubic")
+        encoder.preprocessing = Preprocessing(
+            tuple(known["mean"]), tuple(known["std"]), tuple(size), channels, interpolation=how
+        )
+    return encoder.eval()
 
 
 def _kind(path: Path) -> str:
@@ -102,5 +154,46 @@ def _backbone(name: str, options: dict[str, Any]) -> Encoder:
     from unmask.backbones import build
 
     if name.startswith("timm/"):
+        given = "pretrained" in options
         options = {"pretrained": not options.get("weights"), **options}
+        if options["pretrained"]:
+            try:
+                with _quick_hub():
+                    return build(name, **options).eval()
+            except UserError as error:
+                if given or not str(error).startswith("no weights"):
+                    raise
+                raise UserError(f"{error}, or pretrained=false for random initialisation") from None
     return build(name, **options).eval()
+
+
+@contextmanager
+def _quick_hub() -> Iterator[None]:
+    """While open, a Hub that cannot be reached is not asked again and again: one try of a few seconds, then only what was
+    downloaded before; without the client's own warnings."""
+    from huggingface_hub import constants
+
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "timm", "httpx")]
+    before = constants.HF_HUB_OFFLINE, [logger.level for logger in loggers]
+    constants.HF_HUB_OFFLINE = before[0] or not _reachable(str(constants.ENDPOINT))
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before[0]
+        for logger, level in zip(loggers, before[1], strict=True):
+            logger.setLevel(level)
+
+
+def _reachable(address: str, seconds: float = 5.0) -> bool:
+    """Whether an address (or the proxy in front of it) answers at all."""
+    scheme = urlsplit(address).scheme or "https"
+    proxy = None if proxy_bypass(urlsplit(address).hostname or "") else getproxies().get(scheme)
+    place = urlsplit(proxy if proxy and "//" in proxy else f"http://{proxy}") if proxy else urlsplit(address)
+    port = place.port or (80 if place.scheme == "http" else 443)
+    try:
+        with socket.create_connection((place.hostname or "", port), timeout=seconds):
+            return True
+    except OSError:
+        return False

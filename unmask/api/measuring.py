@@ -102,7 +102,15 @@ def probe_run(
     talk(f"{probe} probe on {settings['uri']}, beside random initialisation ...")
     data = settings["uri"] if probe != "rankme" else source
     most, own = (RANKME, RANKME) if probe == "rankme" else (TRAIN, TEST), settings.get("limit")
-    limit = tuple(min(own or number, number) for number in most)
+    limit = (min(own or most[0], most[0]), min(own or most[1], most[1]))
+    if probe != "rankme":
+        from unmask.evaluation.accuracy import accuracy
+
+        whole = load(run, whole=True)
+        try:
+            accuracy(whole, data, seed=seed, device=device, columns=columns, limit=limit, out=run / "evaluation")
+        except UserError as error:  # the probe says the rest
+            talk(f"its own answers are not counted: {error}")
     return evaluate(run, data, probe, seed=seed, device=device, columns=columns, limit=limit)
 
 

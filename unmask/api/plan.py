@@ -21,10 +21,12 @@ from unmask.contracts import Encoder, Trainable
 from unmask.data import Batches, DataSettings, Source
 from unmask.data import open as open_data
 from unmask.data.opening import LEARN, own_test
+from unmask.data.source import skipped_words
 from unmask.engine.settings import TrainSettings
 from unmask.errors import UserError, nearest
 
 Layer = dict[str, dict[str, Any]]
+_FEW = 16  # images: from fewer a training is doubtful
 
 
 @dataclass
@@ -96,13 +98,15 @@ def plan(
     stages, lines = [], []
     opened: dict[str, tuple[Source, list[str]]] = {}
     for number, stage in enumerate(chosen.stages):
-        given = _lay(options, words[number])
+        given = _checked(_lay(options, words[number]))
         own: Layer = {"data": stage.data, "model": stage.model, "train": stage.train}
         if base is not None:
             own = _lay(own, base.get(stage.name) or {})
         else:
             own = _in_proportion(own, given["train"].get("steps"))
         cls = load_entry(stage.entry, chosen.system)
+        if base is not None:
+            _refuse_changes(cls, own, given, chosen.system)
         _refuse_backbone(cls, given, chosen.system)
         settings = _data_settings(_lay(own, given), chosen)
         check_device(str(_lay(own, given)["train"].get("device", "auto")))
@@ -123,7 +127,25 @@ def plan(
             lines = choice.lines
         stages.append(_validated(stage, chosen, cls, _lay(own, given), source))
     notes = [note for _, told in opened.values() for note in told]
+    notes += dict.fromkeys(note for stage in stages for note in _doubts(stage))
     return Plan(chosen.card, "auto" if automatic else chosen.name, stages, lines, notes)
+
+
+def _checked(given: Layer) -> Layer:
+    """What the user gave for train and data, alone: each value as its type has it, before any rule reads it."""
+    out = dict(given)
+    for part, cls, needed in (("train", TrainSettings, {}), ("data", DataSettings, {"uri": "-"})):
+        values = given[part]
+        known = validated(cls, {**needed, **_alone(values)}, where=part)
+        out[part] = {k: v if isinstance(v, Mapping) or v is None else getattr(known, k) for k, v in values.items()}
+    return out
+
+
+def _alone(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The user's values without the default batch, which might not fit them."""
+    if isinstance(values.get("accumulate"), int) and values.get("batch_size") is None:
+        return {**values, "batch_size": values["accumulate"]} if values["accumulate"] > 0 else dict(values)
+    return dict(values)
 
 
 def _opened(settings: DataSettings, *, labels: bool, free: bool) -> tuple[Source, list[str]]:
@@ -167,6 +189,28 @@ def _data_settings(values: Layer, recipe: recipes.Recipe) -> DataSettings:
     if not values["data"].get("uri"):
         raise UserError(f"recipe {recipe.name} of {recipe.system} names no data: give --data URI")
     return validated(DataSettings, values["data"], where="data")
+
+
+def _doubts(stage: StagePlan) -> list[str]:
+    """What is left out of the images of a stage, and what speaks against learning from them, one line each."""
+    source, facts = stage.source, stage.batches.facts
+    if source.streaming:
+        return []
+    lines = []
+    if source.skipped:
+        lines.append(f"{skipped_words(source.skipped, len(source))}: see skipped.json in the run")
+    if _plain(stage.batches):
+        lines.append(f"warning: every image of {source.uri} looked at has one plain colour: there is nothing to learn")
+    elif facts.count is not None and facts.count < _FEW:
+        few = f"{facts.count} images are" if facts.count > 1 else "1 image is"
+        lines.append(f"warning: {few} few: what is learnt will hardly hold for others")
+    return lines
+
+
+def _plain(batches: Batches) -> bool:
+    """Whether each of a few images spread over the data has one colour."""
+    images = batches.samples(16)["image"].float().flatten(2)
+    return bool((images.amax(2) - images.amin(2)).max() < 1e-6)
 
 
 # --- words ---
@@ -262,6 +306,45 @@ def _name(backbone: Any) -> Any:
 def _refuse_backbone(cls: type[Trainable], given: Layer, system: str) -> None:
     if "backbone" in given["model"] and "backbone" not in cls.Config.model_fields:
         raise UserError(f"{system} has a network of its own and takes no --backbone: leave it out")
+
+
+_FREE_OF_RUN = {"workers", "cache"}  # data options that change nothing of what is learnt
+
+
+def _refuse_changes(cls: type[Trainable], own: Layer, given: Layer, system: str) -> None:
+    """A run that goes on keeps its system's options and its data; only how long and where it trains may change."""
+    for part, settings, where in (("model", cls.Config, system), ("data", DataSettings, "data")):
+        asked = given[part]
+        if not asked:
+            continue
+        before = _flat(validated(settings, own[part], where=where).plain())
+        after = _flat(validated(settings, _lay(own, given)[part], where=where).plain())
+        for key in _flat({k: {"name": v} if k == "backbone" and isinstance(v, str) else v for k, v in asked.items()}):
+            old, new = before.get(key), after.get(key)
+            gone = part == "data" and key == "uri" and _is_gone(str(old))
+            if old == new or gone or (part == "data" and key in _FREE_OF_RUN):
+                continue
+            name = f"data.{key}" if part == "data" else key
+            raise UserError(
+                f"--resume goes on with {name}={old}, not {new}: leave it out, or train anew with another --out"
+            )
+
+
+def _is_gone(uri: str) -> bool:
+    """Whether data were a path that is no longer there: it may have moved."""
+    return Path(uri).is_absolute() and not Path(uri).exists()
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping with dotted keys; a size of one number written as two."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            out |= _flat(value, f"{prefix}{key}.")
+        else:
+            square = key == "image_size" and isinstance(value, int)
+            out[f"{prefix}{key}"] = [value, value] if square else list(value) if isinstance(value, tuple) else value
+    return out
 
 
 def _if_backbone(cls: type[Trainable], model: dict[str, Any]) -> dict[str, Any]:

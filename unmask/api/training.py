@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -63,18 +63,30 @@ def train(
     folder = Path(out) if out is not None else _free_folder(_slug(str(system)))
     _refuse_occupied(folder)
     chosen = plan(system, **asked)
-    for line in (*chosen.lines, *chosen.notes):
-        talk(line)
-    return carry_out(chosen, folder, talk=talk, probe=probe)
+    return carry_out(chosen, folder, talk=talk, probe=probe, first=[*chosen.lines, *chosen.notes])
 
 
 def carry_out(
-    chosen: Plan, out: Path, *, talk: Talk, resume: bool = False, probe: bool = True, command: list[str] | None = None
+    chosen: Plan,
+    out: Path,
+    *,
+    talk: Talk,
+    resume: bool = False,
+    probe: bool = True,
+    command: list[str] | None = None,
+    first: Sequence[str] = (),
 ) -> Path:
-    """Do what a plan says: train its stages into ``out``, then probe the encoder and write the report."""
+    """Do what a plan says: train its stages into ``out``, then probe the encoder and write the report. first: lines that
+    are said once the first model is built, so that a plan that cannot be built is refused without a word of them."""
     from unmask.engine import train as run_stages
 
-    stages = [_stage(stage, out, chosen) for stage in chosen.stages]
+    waiting = list(first) if _first_process() else []
+
+    def built() -> None:
+        while waiting:
+            talk(waiting.pop(0))
+
+    stages = [_stage(stage, out, chosen, built) for stage in chosen.stages]
     try:
         run_stages(stages, out, describe=_describe(chosen, out, command), resume=resume)
     except BaseException:
@@ -90,13 +102,15 @@ def carry_out(
     return out
 
 
-def _stage(stage: StagePlan, out: Path, chosen: Plan) -> Any:
+def _stage(stage: StagePlan, out: Path, chosen: Plan, built: Callable[[], None]) -> Any:
     from unmask.engine import Stage
     from unmask.evaluation.monitors import monitors_for
 
     def build() -> Any:
         sources = {name: out / "stages" / earlier / "model" for name, earlier in stage.reads.items()}
-        return stage.system.build(stage.model, sources)
+        model = stage.system.build(stage.model, sources)
+        built()
+        return model
 
     told = {"config": {"data": stage.data.plain()}, "title": chosen.card.title}
     return Stage(
@@ -154,9 +168,26 @@ def _go_on(system: str, out: Path | None, asked: dict[str, Any], talk: Talk, pro
         **{**asked, "recipe": None if known else (name if _has_recipe(slug, name) else "tiny")},
     )
     again.recipe, again.lines = name, list(info.get("auto") or [])
+    if _has_nothing_left(again, folder) and (not probe or any((folder / "evaluation").glob("*.json"))):
+        talk(f"{folder} is already done: go on with more steps (--steps) or epochs")
+        return folder
     return carry_out(
         again, folder, talk=talk, resume=True, probe=probe, command=list(info.get("command") or []) or None
     )
+
+
+def _has_nothing_left(chosen: Plan, folder: Path) -> bool:
+    """Whether every stage of the run has done all the steps that the plan asks for."""
+    from unmask.engine.run import is_run, read_run, stage_folder
+
+    for stage in chosen.stages:
+        path = stage_folder(folder, stage.name, len(chosen.stages))
+        done = read_run(path) if is_run(path) else {}
+        if done.get("state") != "done":
+            return False
+        if stage.train.total_steps(stage.batches.steps_per_epoch) > (done.get("steps") or 0):
+            return False
+    return True
 
 
 def _own_options(info: Mapping[str, Any]) -> dict[str, Layer]:

@@ -76,6 +76,11 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
+def width() -> int:
+    """The columns of the terminal that results go to; a pipe has as many as it likes."""
+    return Console().width if sys.stdout.isatty() or "COLUMNS" in os.environ else 200
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None) -> None:
     """A table on stdout; the last column takes what width is left."""
     shown = Table(box=None, title=title, title_justify="left", header_style="bold", pad_edge=False, expand=False)
@@ -83,13 +88,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | No
         shown.add_column(name, overflow="fold", no_wrap=number == 0)
     for row in rows:
         shown.add_row(*(escape(_cell(value)) for value in row))
-    # a pipe has no width: there nothing is folded
-    console = (
-        Console(highlight=False)
-        if sys.stdout.isatty() or "COLUMNS" in os.environ
-        else Console(highlight=False, width=200)
-    )
-    console.print(shown)
+    Console(highlight=False, width=width()).print(shown)  # a pipe has no width: there nothing is folded
 
 
 def _cell(value: Any) -> str:

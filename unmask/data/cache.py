@@ -81,7 +81,7 @@ def survey(source: Source) -> Survey:
     fits = [(row, h) for row, h in good if h.channels == channels or (h.channels == 1 and channels == 3)]
     for row, h in good:
         if not (h.channels == channels or (h.channels == 1 and channels == 3)):
-            reason = f"has {h.channels} channels where most images have {channels}"
+            reason = f"has {h.channels} channels where the others have {channels}"
             skipped.append({"path": source.name_of(row), "reason": reason})
     depth = max(h.depth for _, h in fits)
     return Survey(np.array([row for row, _ in fits], dtype=np.int64), [h for _, h in fits], channels, depth, skipped)

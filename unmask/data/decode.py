@@ -334,7 +334,7 @@ def fitted(array: np.ndarray, channels: int, depth: int, shorter: int | None) ->
         if have == 1 and channels == 3:
             array = np.repeat(array, 3, axis=-1)
         else:
-            raise Unreadable(f"has {have} channels where most images have {channels}")
+            raise Unreadable(f"has {have} channels where the others have {channels}")
     if depth == 16 and array.dtype == np.uint8:
         array = array.astype(np.uint16) * 257
     elif depth == 32 and array.dtype != np.float32:

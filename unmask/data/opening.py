@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import glob
 import re
 from collections.abc import Mapping
@@ -157,7 +158,10 @@ def _pattern(uri: str, split: str, columns: dict[str, str]) -> Source:
 def _guess(uri: str, path: Path) -> str:
     from unmask.data import names
 
-    beside = [str(path.parent / p.name) for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    if "/" in uri:
-        return nearest(str(path), beside) if beside else f"there is no folder {path.parent}"
-    return nearest(uri, [*names.KNOWN, *SAMPLES, *beside])
+    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = [str(path.parent / name) for name in difflib.get_close_matches(path.name, beside, n=3, cutoff=0.5)]
+    if "/" not in uri:
+        return nearest(uri, [*names.KNOWN, *SAMPLES, *close])
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"nothing in {path.parent} has such a name" if beside else f"there is no folder {path.parent}"

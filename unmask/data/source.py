@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -208,3 +209,12 @@ def find_split(split: str, known: Sequence[str]) -> str | None:
         if name in known:
             return name
     return None
+
+
+def skipped_words(skipped: Sequence[Mapping[str, str]], count: int | None = None) -> str:
+    """``skipped 10 of 20 images: image file is truncated (6), ...``: the three commonest reasons."""
+    reasons = Counter(str(one.get("reason") or "unreadable") for one in skipped).most_common()
+    rest = sum(n for _, n in reasons[3:])
+    shown = [f"{reason} ({n})" for reason, n in reasons[:3]] + ([f"others ({rest})"] if rest else [])
+    total = "" if count is None else f" of {count}"
+    return f"skipped {len(skipped)}{total} images: {', '.join(shown)}"

@@ -125,7 +125,7 @@ def evaluate(
             train = train.subset(few_labels(train.labels, labels, Seeded(seed)))
     asked = Asked(train, test, classes, preprocessing_for(encoder, train), pool, seed, precision, options, tell)
     measure = _PROBES[probe]
-    numbers = measure(encoder, asked)
+    numbers = measure(encoder, replace(asked, tell=_named(tell, "this model")))
     result |= numbers
     result |= {"classes": list(classes)} if classes else {}
     result["baseline"] = _baselines(encoder, asked, probe, baseline)
@@ -133,6 +133,9 @@ def evaluate(
     result |= {"labels": labels, "train_samples": train.count, "test_samples": test.count, "split": how}
     result |= {"pool": "tokens" if probe == "attentive" else pool, "seed": seed}
     result["seconds"] = round(time.monotonic() - started, 2)
+    skipped = {one["path"]: one for part in (train, test) if part.source for one in part.source.skipped}
+    if skipped:
+        result["skipped"] = list(skipped.values())
     if out is not None:
         result["pictures"] = _pictures(encoder, asked, result, Path(out))
         write_json(Path(out) / f"{probe}.json", result)
@@ -321,13 +324,22 @@ def _baselines(encoder: Encoder, asked: Asked, probe: str, wanted: bool | int) -
     seeds = [1_000_000 + asked.seed + i for i in range(count)]  # away from the seeds that trainings are given
     if probe == "finetune":  # layer decay protects what was learned; a network that learned nothing needs its full rate
         asked = replace(asked, options={"layer_decay": 1.0, **asked.options})
-    runs = [_PROBES[probe](fresh(encoder, seed), asked) for seed in seeds]
+    names = [f"{RANDOM} {i + 1} of {count}" if count > 1 else RANDOM for i in range(count)]
+    runs = [
+        _PROBES[probe](fresh(encoder, seed), replace(asked, tell=_named(asked.tell, name)))
+        for seed, name in zip(seeds, names, strict=True)
+    ]
     key = "rankme" if probe == "rankme" else "top1"
     over = summary([r[key] for r in runs])
     out[RANDOM] = {key: over["mean"], f"{key}_std": over["std"], "values": over["values"], "seeds": seeds}
     if probe != "rankme":
         out[RANDOM]["top5"] = summary([r["top5"] for r in runs])["mean"]
     return out
+
+
+def _named(tell: Tell | None, network: str) -> Tell | None:
+    """Talk that says which network is measured."""
+    return None if tell is None else lambda line: tell(f"{network}, {line}")
 
 
 def _margin(result: Mapping[str, Any], key: str) -> dict[str, Any]:

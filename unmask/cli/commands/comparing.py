@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -61,6 +61,15 @@ def compare_command(
     if json:
         speech.as_json(outcome)
         return
-    rows = [(r["name"], r["score"], r["steps"], r["seconds"], r["run"]) for r in outcome["rows"]]
+    unit = " %" if outcome["metric"].endswith("top1") else ""
+    rows = [(r["name"], _amount(r, unit), r["steps"], r["seconds"], r["run"]) for r in outcome["rows"]]
     speech.table(("method", outcome["metric"], "steps", "seconds", "run"), rows)
     speech.result(f"\nthe page to share: {outcome['report']}")
+
+
+def _amount(row: dict[str, Any], unit: str) -> str:
+    """A score with its unit, and the spread over seeds where it is known."""
+    if row["score"] is None:
+        return ""
+    spread = f" ± {row['spread']:.3g}" if row.get("spread") else ""
+    return f"{row['score']:.4g}{spread}{unit}"

@@ -15,7 +15,9 @@ def register(app: typer.Typer) -> None:
 
 
 def eval_command(
-    model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, an export, timm/NAME or a hub id.")],
+    model: Annotated[
+        str, typer.Argument(metavar="RUN|MODEL", help="A run, an export (safetensors or timm), timm/NAME or a hub id.")
+    ],
     words: Annotated[
         list[str] | None,
         typer.Argument(
@@ -42,6 +44,7 @@ def eval_command(
     """
     import unmask
     from unmask.config import words as as_options
+    from unmask.data.source import skipped_words
     from unmask.errors import UserError
 
     options = as_options(words or [])
@@ -73,6 +76,9 @@ def eval_command(
         speech.as_json(scores)
         return
     from unmask.api.closing import score_rows
+
+    if scores.get("skipped"):
+        speech.say(skipped_words(scores["skipped"]))
 
     names, rows = score_rows(scores)
     share = "" if labels == 1.0 else f", {100 * labels:g} % of the labels"

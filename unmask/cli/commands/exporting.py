@@ -33,7 +33,22 @@ def export_command(
     import unmask
     from unmask.config import words as as_options
 
-    speech.result(str(unmask.export(run, to=to, out=out, model_options=as_options(words or []))))
+    place = unmask.export(run, to=to, out=out, model_options=as_options(words or []))
+    speech.result(place)
+    speech.say(f"load it with: {_how(to, place)}")
+
+
+def _how(to: str, place: str) -> str:
+    """The line of Python that loads what was written."""
+    match to:
+        case "timm":
+            return f"timm.create_model({'local-dir:' + place!r}, pretrained=True), or unmask.load({place!r})"
+        case "onnx":
+            return f"onnxruntime.InferenceSession({place + '/encoder.onnx'!r}).run(None, {{'image': images}})"
+        case "hub":
+            return f"unmask.load({place.removeprefix('https://huggingface.co/')!r})"
+        case _:
+            return f"unmask.load({place!r})"
 
 
 def import_command(

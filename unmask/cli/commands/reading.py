@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -33,6 +33,7 @@ def report_command(
 
 def runs_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to look, also in sub-folders.")] = Path("runs"),
+    wide: Annotated[bool, typer.Option("--wide", help="All columns, however narrow the terminal.")] = False,
     json: Annotated[bool, typer.Option("--json", help="The table as JSON.")] = False,
 ) -> None:
     """The runs under a folder with their key numbers.
@@ -48,8 +49,27 @@ def runs_command(
     if not found:
         speech.say(f"no run under {folder}")
         return
+    if not wide and speech.width() < _WIDE:
+        speech.table(("run", "system", "state", "steps", "loss", "probe", "date"), map(_short, found))
+        return
     columns = [key for key in found[0] if key != "date" and any(row.get(key) not in (None, "") for row in found)]
     speech.table(columns, [[row.get(key) for key in columns] for row in found])
+
+
+_WIDE = 130  # columns of a terminal that take the whole table
+
+
+def _short(row: dict[str, Any]) -> tuple[Any, ...]:
+    """A run in 80 columns: the probe as its score and its margin over random initialisation."""
+    score = row.get("score")
+    share = str(row.get("probe") or "").endswith("accuracy") and score is not None and score <= 1
+    probe = "" if score is None else f"{100 * score:.1f} %" if share else f"{score:.4g}"
+    if score is not None and row.get("margin") is not None:
+        probe += f" ({100 * row['margin']:+.1f})" if share else f" ({row['margin']:+.3g})"
+    loss = row.get("loss")
+    shown = None if loss is None else f"{loss:.3g}"
+    names = (row.get(key) for key in ("run", "system", "state", "steps"))
+    return (*names, shown, probe, str(row.get("date") or "")[:10])
 
 
 def replay_command(
