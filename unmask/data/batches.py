@@ -23,9 +23,10 @@ from torch import Tensor
 from unmask.config import validated
 from unmask.contracts import Batch, DataFacts, Preprocessing
 from unmask.data.images import FULL_RANGE, Images
+from unmask.data.order import shuffled, some_of
 from unmask.data.prefetch import ahead
 from unmask.data.settings import DataSettings
-from unmask.data.source import STORED_SIDE, Source, shuffled
+from unmask.data.source import STORED_SIDE, Source
 from unmask.data.transforms import Transform
 from unmask.draw import Draw
 from unmask.errors import UserError
@@ -181,14 +182,14 @@ class Batches:
         return self.apply(batch, draw, train=train)
 
     def samples(self, n: int) -> dict[str, Any]:
-        """``n`` samples spread evenly over the data, as evaluation sees them."""
+        """``n`` samples, a fixed random choice, as evaluation sees them."""
         if self.source.streaming:
             from unmask.data.streaming import first_samples
 
             return self.transform(first_samples(self, n), train=False)
         count = len(self.images)
         n = min(n, count)
-        return self.transform(self.raw([i * count // n for i in range(n)]), train=False)
+        return self.transform(self.raw(some_of(count, n)), train=False)
 
 
 def everything(

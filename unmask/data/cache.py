@@ -27,7 +27,7 @@ from unmask.errors import UserError
 if TYPE_CHECKING:
     from unmask.data.source import Source
 
-FORMAT = 4  # of the files, and of what decoding gives: a change makes caches new
+FORMAT = 5  # of the files, and of what decoding gives: a change makes caches new
 _DTYPES = {8: np.uint8, 16: np.uint16, 32: np.float32}
 
 

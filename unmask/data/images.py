@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from unmask.data.order import some_of
 from unmask.errors import UserError
 
-STATISTICS_OF = 2048  # images that mean and standard deviation are taken over, spread evenly
+STATISTICS_OF = 2048  # images that mean and standard deviation are taken over, a fixed random choice
 FULL_RANGE = {8: 255.0, 16: 65535.0, 32: 1.0}
 Sizes = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
@@ -97,10 +98,10 @@ class Images:
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of each channel over all pixels, in units of the full range, from at most
-        ``STATISTICS_OF`` images spread evenly."""
+        ``STATISTICS_OF`` images."""
         if self._statistics is None:
             n = len(self)
-            chosen = range(n) if n <= STATISTICS_OF else [i * n // STATISTICS_OF for i in range(STATISTICS_OF)]
+            chosen = some_of(n, STATISTICS_OF)
             total = np.zeros((3, self.channels))
             for i in chosen:
                 pixels = self.read(int(i))[0].reshape(-1, self.channels).astype(np.float64) / self.full_range

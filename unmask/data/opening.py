@@ -31,7 +31,7 @@ def open_source(
     uri: a folder of images; a parquet file or folder; ``shards/*.tar`` (WebDataset, streaming); a name such as
     ``cifar10``; a hub id ``owner/name`` (``owner/name:config``); ``sample:fashion``; ``sample:photos``.
     split: "train", "test" (also found as val, validation, valid, dev), or a share "train[:80%]" in a fixed shuffled
-    order. columns: names of the image and label columns where they differ. limit: at most so many, spread evenly.
+    order. columns: names of the image and label columns where they differ. limit: at most so many, a fixed random choice.
     Raises ``UserError`` in one line for whatever is missing, empty or unreadable.
     """
     uri = str(uri)

@@ -31,7 +31,7 @@ class DataSettings(Config):
     columns: dict[str, str] = Field(
         {}, description='names of the columns, {"image": ..., "label": ...}, where they differ'
     )
-    limit: int | None = Field(None, ge=1, description="use only so many images, spread evenly over the data")
+    limit: int | None = Field(None, ge=1, description="use only so many images, a fixed random choice")
     image_size: int | tuple[int, int] | None = Field(
         None, description="pixels (height, width) of a batch; open: from the data"
     )

@@ -13,6 +13,7 @@ import numpy as np
 
 from unmask.contracts import DataFacts
 from unmask.data.decode import Encoded
+from unmask.data.order import shuffled, some_of
 from unmask.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -158,13 +159,6 @@ def read_split(split: str) -> tuple[str, str, str]:
     return match["name"], match["low"] or "", match["high"] or ""
 
 
-def shuffled(n: int, seed: int = 0) -> np.ndarray:
-    """A fixed order of 0 ... n - 1: a pure function of (seed, n), the same on every machine."""
-    from unmask.draw import Seeded
-
-    return Seeded(seed).integers("order", 0, 2**31 - 1, (n,), shared=True).argsort(stable=True).numpy()
-
-
 def sliced(source: Source, low: str, high: str) -> Source:
     """The share between ``low`` and ``high`` ("", "80%", "500") of a fixed shuffled order, kept in the data's order."""
     if not low and not high:
@@ -187,11 +181,11 @@ def sliced(source: Source, low: str, high: str) -> Source:
 
 
 def limited(source: Source, limit: int | None) -> Source:
-    """At most ``limit`` rows, spread evenly."""
+    """At most ``limit`` rows, chosen at random once and for all."""
     n = len(source)
     if limit is None or limit >= n:
         return source
-    return source.select(np.arange(limit) * n // limit, f"limit{limit}")
+    return source.select(some_of(n, limit), f"limit{limit}")
 
 
 def no_split(uri: str, split: str, known: Sequence[str]) -> UserError:

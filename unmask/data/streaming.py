@@ -18,9 +18,9 @@ import torch
 
 from unmask.contracts import Batch
 from unmask.data.decode import Unreadable, decode, fitted
+from unmask.data.order import shuffled
 from unmask.data.prefetch import ahead
 from unmask.data.shards import samples_of, stream_of
-from unmask.data.source import shuffled
 from unmask.errors import UserError
 
 if TYPE_CHECKING:

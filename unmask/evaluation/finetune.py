@@ -17,8 +17,8 @@ from unmask.backbones import build
 from unmask.config import validated
 from unmask.contracts import Batch, DataFacts, Encoder, Preprocessing
 from unmask.data.batches import Batches
+from unmask.data.order import shuffled, some_of
 from unmask.data.settings import DataSettings
-from unmask.data.source import shuffled
 from unmask.draw import Draw
 from unmask.engine.display import SilentDisplay
 from unmask.engine.settings import TrainSettings
@@ -197,7 +197,7 @@ class _TensorBatches:
     def samples(self, n: int) -> dict[str, Any]:
         count = len(self.numbers)
         n = min(n, count)
-        return self.transform(self.raw(torch.arange(n) * count // n), train=False)
+        return self.transform(self.raw(torch.from_numpy(some_of(count, n))), train=False)
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -14,6 +14,7 @@ from unmask.contracts import DataFacts, Encoder, Preprocessing
 from unmask.data.batches import Batches, everything
 from unmask.data.color import LUMA
 from unmask.data.opening import open_source, train_and_test
+from unmask.data.order import some_of
 from unmask.data.settings import DataSettings
 from unmask.data.source import Source
 from unmask.data.transforms import Transform
@@ -55,12 +56,12 @@ class Samples:
         return replace(self, ids=chosen, count=len(ids), labels=labels)
 
     def first(self, limit: int | None) -> Samples:
-        """At most ``limit``, spread evenly; of a stream the first ones."""
+        """At most ``limit``, a fixed random choice; of a stream the first ones."""
         if limit is None or (self.count is not None and self.count <= limit):
             return self
         if self.count is None:
             return replace(self, read=_cut(self.read, limit))
-        return self.subset(torch.arange(limit) * self.count // limit)
+        return self.subset(torch.from_numpy(some_of(self.count, limit)))
 
     def renumbered(self, classes: tuple[str, ...]) -> Samples:
         """The samples with their labels counted in another list of classes, which holds all of theirs by name."""
@@ -214,7 +215,7 @@ def parts(
     train, test = whole.first(most[0]), rest.first(most[1])
     for part, before, name in ((train, whole, "training"), (test, rest, "test")):
         if part.count != before.count and (labelled or name == "training"):
-            how += f"; {part.count:,} of the {before.count:,} {name} images, spread evenly"
+            how += f"; {part.count:,} of the {before.count:,} {name} images, a fixed random choice"
     return train, test, how
 
 
