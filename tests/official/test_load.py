@@ -1,6 +1,7 @@
 """Reading anyone's checkpoint: what is taken, what is refused, and that a refusal is one line."""
 
 import argparse
+import os
 import pickle
 import struct
 
@@ -194,3 +195,16 @@ def test_ignored_names_may_be_missing_or_left_over():
     module = nn.Linear(3, 2)
     load_strict(module, {"weight": torch.zeros(2, 3), "old.index": torch.ones(1)}, ignore=["index$", "^bias$"])
     assert module.weight.eq(0).all()
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+def test_a_bare_pickle_of_any_protocol_is_refused_by_the_name_of_what_it_would_call(tmp_path, protocol, recwarn):
+    class Runs:
+        def __reduce__(self):
+            return os.system, ("touch hacked",)
+
+    file = tmp_path / "evil.pth"
+    file.write_bytes(pickle.dumps(Runs(), protocol=protocol))
+    with pytest.raises(UserError, match=r"wants to run code \(posix\.system\)"):
+        read_checkpoint(file)
+    assert not recwarn.list

@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import pickletools
 import re
 import struct
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -149,7 +151,8 @@ def _read_safetensors(path: Path) -> State:
 
 def _read_pickle(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals(_HARMLESS):
+        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on pickle protocols; what does not load is told below
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(_why_refused(path, str(error))) from None
@@ -161,10 +164,28 @@ def _read_pickle(path: Path) -> Any:
 
 def _why_refused(path: Path, message: str) -> str:
     name = re.search(r"GLOBAL ([\w.]+)", message) or re.search(r"(?:function|class) ([<\w. >']+)", message)
-    if name or "Can only" in message:
-        wanted = f" ({name.group(1)})" if name else ""
+    called = name.group(1) if name else _called_in(path)
+    if called or "Can only" in message:
+        wanted = f" ({called})" if called else ""
         return f"{path} is a pickle that wants to run code{wanted}: refused; get a file of weights only (safetensors)"
-    return f"{path} is no checkpoint, or corrupted: {message.splitlines()[0][:120]}"
+    return f"{path} is no checkpoint, or corrupted: torch cannot read it as weights"
+
+
+def _called_in(path: Path) -> str:
+    """The first function that a bare pickle would call, "posix.system" say, read off its opcodes without running them."""
+    words: list[str] = []
+    try:
+        with path.open("rb") as file:
+            for opcode, argument, _ in pickletools.genops(file):
+                if opcode.name == "GLOBAL":
+                    return str(argument).replace(" ", ".")
+                if opcode.name == "STACK_GLOBAL":
+                    return ".".join(words[-2:])
+                if isinstance(argument, str):
+                    words.append(argument)
+    except Exception:  # no pickle at all, which fails in as many ways as there are files
+        return ""
+    return ""
 
 
 def _broken(path: Path, error: Exception) -> str:
