@@ -146,7 +146,7 @@ def told(job: Job) -> dict[str, Any]:
         "trained": not job.untrained,
         "values": job.values(),
         "seconds": round(job.seconds(), 1),
-        "run": str(job.folder),
+        "run": job.folder.name,
     }
 
 
