@@ -17,20 +17,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from unmask.api.catalogue import info as info
     from unmask.api.comparing import compare as compare
+    from unmask.api.compressing import compress as compress
     from unmask.api.demonstration import demo as demo
+    from unmask.api.explaining import explain as explain
     from unmask.api.exporting import export as export
     from unmask.api.exporting import import_checkpoint as import_checkpoint
+    from unmask.api.generating import generate as generate
     from unmask.api.loading import load as load
     from unmask.api.machine import doctor as doctor
     from unmask.api.measuring import evaluate as evaluate
+    from unmask.api.predicting import predict as predict
     from unmask.api.reading import replay as replay
     from unmask.api.reading import report as report
     from unmask.api.reading import runs as runs
     from unmask.api.training import train as train
-    from unmask.api.verbs import compress as compress
-    from unmask.api.verbs import explain as explain
-    from unmask.api.verbs import generate as generate
-    from unmask.api.verbs import predict as predict
     from unmask.catalog import list_systems as list_systems
     from unmask.claims import reproduce as reproduce
     from unmask.errors import UserError as UserError
@@ -40,10 +40,10 @@ __version__ = "0.1.0"
 _PLACES = {
     "train": "unmask.api.training",
     "evaluate": "unmask.api.measuring",
-    "predict": "unmask.api.verbs",
-    "generate": "unmask.api.verbs",
-    "compress": "unmask.api.verbs",
-    "explain": "unmask.api.verbs",
+    "predict": "unmask.api.predicting",
+    "generate": "unmask.api.generating",
+    "compress": "unmask.api.compressing",
+    "explain": "unmask.api.explaining",
     "compare": "unmask.api.comparing",
     "load": "unmask.api.loading",
     "export": "unmask.api.exporting",

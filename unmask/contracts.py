@@ -7,7 +7,7 @@ names to tensors or lists: images, token ids, alignments, graphs and clips all f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -53,6 +53,7 @@ class DataFacts:
     bit_depth: int | None = None
     sizes: tuple[tuple[int, int], tuple[int, int], tuple[int, int]] | None = None  # (h, w): smallest, median, largest
     columns: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)  # what only one kind of data has: vocabulary, things ...
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,35 @@ class Encoder(nn.Module):
         return []
 
 
+class TrainingBatches(Protocol):
+    """Training data as the engine reads it: raw batches in an order of their own, made ready on the device.
+
+    ``unmask.data.batches.Batches`` is the one for images; ``unmask.data.mapped.Mapped`` is what other kinds build on.
+    Optional besides: ``preprocessing`` (travels with an encoder), ``skipped`` (what could not be read), ``source``.
+    """
+
+    facts: DataFacts
+
+    @property
+    def steps_per_epoch(self) -> int | None: ...
+
+    def iterate(
+        self,
+        start_step: int = 0,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        accumulate: int = 1,
+        state: Mapping[str, Any] | None = None,
+    ) -> Iterator[Batch]: ...
+
+    def transform(self, batch: Batch, draw: Draw | None = None, *, train: bool = True) -> Batch: ...
+
+    def samples(self, n: int) -> Batch: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+
 class Trainable(nn.Module):
     """A system that learns. The engine knows nothing else about it.
 
@@ -189,6 +219,9 @@ class Trainable(nn.Module):
     slug: ClassVar[str] = ""
     phases: ClassVar[tuple[str, ...]] = ("main",)  # one optimiser each (a GAN has two)
     loss_units: str = ""  # what the loss is measured in, as a person reads it beside a number
+    Data: ClassVar[type[configs.Config] | None] = None  # settings of its data; None: images (data.settings)
+    measures: ClassVar[Mapping[str, str]] = {}  # what ``measure`` gives: key -> words; the first is the main one
+    lower_is_better: ClassVar[frozenset[str]] = frozenset()  # among ``measures``
     encoder: Encoder | None  # what evaluation and export take away, if anything
 
     def __init__(self, config: configs.Config):
@@ -204,6 +237,15 @@ class Trainable(nn.Module):
         if hasattr(backbone, "fitted"):
             return config.model_copy(update={"backbone": backbone.fitted(facts)})
         return config
+
+    @classmethod
+    def open_batches(cls, config: Any, data: Any, batch_size: int, seed: int) -> TrainingBatches | None:
+        """Training batches of a kind of its own, or None where image batches serve.
+
+        config: as the user gave it; what the data tells comes after, through ``adapted(config, batches.facts)``. data: the
+        validated ``Data``. Raises ``UserError`` for data that do not fit.
+        """
+        return None
 
     @classmethod
     def check_batch(cls, config: Any, size: int) -> None:
@@ -271,6 +313,24 @@ class Trainable(nn.Module):
         """
         return {}
 
+    def measure(
+        self,
+        data: Any,
+        draw: Draw,
+        *,
+        limit: int | None = None,
+        device: torch.device | None = None,
+        tell: Callable[[str], None] | None = None,
+        folder: Path | None = None,
+    ) -> dict[str, Any]:
+        """Its own metrics on test data: a number under each key of ``measures``.
+
+        data: the validated ``Data`` (or image settings), its split the one to test on. Besides the numbers: ``samples`` (how
+        many were looked at), ``baseline`` (name -> numbers under the same keys), ``pictures`` (``{"file", "caption"}`` of what was
+        drawn into ``folder``). Raises ``UserError`` for data that do not fit.
+        """
+        raise NotImplementedError
+
     # --- keeping (the Hub's habits: config.json + model.safetensors) ---
     def save_pretrained(self, folder: str | Path) -> None:
         from unmask.official.hub import save_trainable
@@ -307,7 +367,10 @@ class Result(Protocol):
 
 @runtime_checkable
 class Predictor(Protocol):
-    def predict(self, inputs: list[Input]) -> list[Any]:
+    """Besides ``predict``: ``Ask``, a ``Config`` of the options that ``predict`` takes as keywords, and ``joint = True`` where all
+    inputs belong to one question (two alignments) and the number of results is not theirs."""
+
+    def predict(self, inputs: list[Input], **options: Any) -> list[Any]:
         """One result an input, in order."""
         ...
 
@@ -322,8 +385,20 @@ class Sample:
 
 @runtime_checkable
 class Generator(Protocol):
+    """Besides ``generate``: ``Ask``, a ``Config`` of its further options. ``draw`` addresses samples by the number of the image, so
+    that an image depends on the seed and its number alone, not on what is made beside it."""
+
     def generate(
-        self, n: int, draw: Draw, *, condition: Any = None, size: Sequence[int] | None = None, steps: int | None = None
+        self,
+        n: int,
+        draw: Draw,
+        *,
+        condition: Any = None,
+        size: Sequence[int] | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        tell: Callable[[str], None] | None = None,
+        **options: Any,
     ) -> list[Sample]: ...
 
 
@@ -348,7 +423,17 @@ class Compressed:
 
 @runtime_checkable
 class Compressor(Protocol):
-    def compress(self, model: nn.Module, data: Iterable[Batch], budget: Budget, draw: Draw) -> Compressed: ...
+    """model: a ``unmask.models.UserModel``, which says how it is fed. A compressor that learns is a ``Trainable`` with ``finish``."""
+
+    def compress(
+        self,
+        model: Any,
+        data: Iterable[Batch],
+        budget: Budget,
+        draw: Draw,
+        *,
+        tell: Callable[[str], None] | None = None,
+    ) -> Compressed: ...
 
 
 @dataclass
@@ -362,8 +447,16 @@ class Attribution:
 
 @runtime_checkable
 class Explainer(Protocol):
+    """model: a ``unmask.models.UserModel``; image: standardised, ``[C, H, W]``; target: a class, None for the model's answer."""
+
     def explain(
-        self, model: Callable[[Tensor], Tensor], image: Tensor, target: int | None, draw: Draw
+        self,
+        model: Any,
+        image: Tensor,
+        target: int | None,
+        draw: Draw,
+        *,
+        tell: Callable[[str], None] | None = None,
     ) -> Attribution: ...
 
 

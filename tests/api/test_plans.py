@@ -143,7 +143,7 @@ def test_doctor_names_the_cache_that_is_used(monkeypatch, tmp_path):
 
 
 def test_a_folder_to_predict_on_is_read_with_every_suffix_that_data_reads(tmp_path):
-    from unmask.api.verbs import expand
+    from unmask.api.predicting import expand
 
     for name in ("a.jfif", "b.ppm", "c.txt", ".d.png"):
         (tmp_path / name).touch()

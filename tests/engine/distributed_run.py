@@ -17,6 +17,7 @@ from pathlib import Path
 
 from engine import toys
 from unmask.engine.display import SilentDisplay
+from unmask.engine.distributed import leave
 from unmask.engine.run import Interrupted
 from unmask.engine.stages import train
 from unmask.errors import UserError
@@ -81,6 +82,7 @@ def forked(job: dict) -> dict:
 if __name__ == "__main__":
     if sys.argv[1] == "run":
         run(Path(sys.argv[2]), json.loads(sys.argv[3]))
+        leave(0)
     else:
         for job in json.loads(sys.argv[2]):
             print(json.dumps(forked(job)), flush=True)

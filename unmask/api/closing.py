@@ -44,7 +44,9 @@ def screen(path: Path) -> str:
     for evaluation in sorted(run.evaluations, key=lambda e: e.get("probe") != "accuracy"):
         lines += [score_line(evaluation)]
     folder = shlex.quote(shown(path))
-    lines += ["", f"  report   {shown(path)}/report.html", f"  encoder  {shown(path)}/encoder/"]
+    encoder = (stage.folder / "encoder").is_dir()
+    lines += ["", f"  report   {shown(path)}/report.html"]
+    lines += [f"  encoder  {shown(path)}/encoder/"] if encoder else [f"  model    {shown(path)}/model/"]
     lines += ["", "next:"]
     labelled = any(e.get("top1") is not None for e in run.evaluations)
     probe = (
@@ -53,10 +55,25 @@ def screen(path: Path) -> str:
     baseline = catalog.supervised().slug
     if run.system == baseline:
         probe = f"unmask predict {folder} IMAGE.png"
-    lines += [f"  {probe}", f"  unmask export {folder} --to {_format(path)} -o exported/"]
+    verb = _card_verb(run.system)
+    if verb in ("predict", "generate"):
+        use = {
+            "predict": f"unmask predict {folder} FILES -o results/",
+            "generate": f"unmask generate {folder} -n 16 -o samples/",
+        }
+        return "\n".join([*lines, f"  {use[verb]}", f"  unmask eval {folder}"])
+    lines += [f"  {probe}"]
+    if not encoder:
+        return "\n".join(lines)
+    lines += [f"  unmask export {folder} --to {_format(path)} -o exported/"]
     if run.system != baseline:
         lines += [f"  unmask train {baseline} --data LABELLED init={folder}        fine-tune it"]
     return "\n".join(lines)
+
+
+def _card_verb(slug: str) -> str:
+    known = catalog.cards().get(slug)
+    return known.verb if known is not None else "train"
 
 
 def _loss_lines(run: Run) -> list[str]:
@@ -101,6 +118,8 @@ def _format(run: Path) -> str:
 def score_line(evaluation: Mapping[str, Any]) -> str:
     """One probe in one line, beside its baseline."""
     probe = str(evaluation.get("probe"))
+    if probe == "own":
+        return _own_line(evaluation)
     baseline = _baseline(evaluation)
     key = next((k for k in ("top1", "rankme", "knn_top1") if finite(evaluation.get(k))), None)
     if key is None:
@@ -113,6 +132,32 @@ def score_line(evaluation: Mapping[str, Any]) -> str:
     name = f"{probe} probe" if key != "rankme" else "RankMe (directions in use)"
     before = f", random initialisation {_amount(key, baseline[key])}" if finite(baseline.get(key)) else ""
     return f"  {name}: {value}{before}"
+
+
+def _own_line(evaluation: Mapping[str, Any]) -> str:
+    """A system's own metrics in one line, the main one beside its baselines."""
+    names, rows = own_rows(evaluation)
+    own = ", ".join(f"{name} {value}" for name, value in zip(names, rows[0][1:], strict=True) if value)
+    beside = "; ".join(f"{row[0]} {row[1]}" for row in rows[1:] if row[1])
+    count = evaluation.get("test_samples")
+    return (
+        f"  {own}"
+        + (f" on {count} samples ({evaluation.get('split')})" if count else "")
+        + (f"; {beside}" if beside else "")
+    )
+
+
+def own_rows(scores: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns (in words) and rows of a system's own metrics: the model, then each baseline."""
+    keys = list(scores["measures"])
+    rows = [["this model", *(own_value(scores.get(key)) for key in keys)]]
+    for name, numbers in (scores.get("baseline") or {}).items():
+        rows.append([name, *(own_value(numbers.get(key)) for key in keys)])
+    return [scores["measures"][key] for key in keys], rows
+
+
+def own_value(value: Any) -> str:
+    return f"{value:.4g}" if finite(value) else ""
 
 
 def score_rows(scores: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

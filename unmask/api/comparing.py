@@ -81,17 +81,19 @@ def compare(
     plans = {systems[0]: first}
     for system in systems[1:]:
         plans[system] = plan(system, overrides={"backbone": shared} if shared else {}, **options)
-    labelled = bool(first.last.source.classes) and len(first.last.source.classes or ()) > 1
+    images = first.last.source
+    labelled = images is not None and len(images.classes or ()) > 1
     baseline = catalog.supervised().slug
     if supervised and baseline not in plans:
-        if labelled and not first.last.source.streaming:
+        if labelled and images is not None and not images.streaming:
             plans[baseline] = plan(baseline, overrides={"backbone": shared} if shared else {}, **options)
         else:
             talk(f"{data} has no labels: nothing is trained on them, and the probe is rankme")
     probe = probe if labelled else "rankme"
     for chosen in plans.values():
         for stage in chosen.stages:
-            stage.system.build(stage.model)  # complains now, not after an hour of the others
+            if not stage.reads:  # complains now, not after an hour of the others
+                stage.system.build(stage.model)
 
     rows, folders = [], []
     for name, chosen in plans.items():

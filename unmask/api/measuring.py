@@ -10,6 +10,7 @@ from unmask.api.loading import is_run, load
 from unmask.errors import UserError
 
 TRAIN, TEST, RANKME = 50_000, 10_000, 25_600  # images that the probe at the end of a training looks at
+OWN = "own"
 Talk = Callable[[str], None]
 
 
@@ -17,7 +18,7 @@ def evaluate(
     model: Any,
     /,
     data: Any = None,
-    probe: str = "ridge",
+    probe: str | None = None,
     *,
     labels: float = 1.0,
     seed: int = 0,
@@ -30,22 +31,29 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a model by a probe; the numbers of :func:`unmask.evaluation.evaluate`.
 
-    model: anything :func:`unmask.load` takes. data: a URI, a source or tensors; a run's own data if left out. labels: share of the
-    training labels (0.1, 0.01). baseline: also the same network at random initialisation. out: where the numbers and pictures are
-    written; for a run its ``evaluation/`` folder, and its report is written anew. model_options: of a backbone that is
+    probe: ridge, linear, knn, attentive, finetune, rankme, or own: the system's own metrics (``evaluation.own``). Default: own
+    for a system that has some, else ridge. model: anything :func:`unmask.load` takes. data: a URI, a source or tensors; a run's own
+    data if left out. labels: share of the training labels (0.1, 0.01). baseline: also the same network at random
+    initialisation. out: where the numbers and pictures are written; for a run its ``evaluation/`` folder, and its report is
+    written anew. model_options: of a backbone that is
     measured by name (``{"pretrained": False}``); options: of the probe, and limit (at most so many images of each
     part). Raises ``UserError`` in one line.
     """
     from unmask.evaluation.measure import PROBES
     from unmask.evaluation.measure import evaluate as measure
 
-    if probe not in PROBES:
+    known = [*PROBES, OWN]
+    if probe is not None and probe not in known:
         from unmask.errors import nearest
 
-        raise UserError(f'no probe "{probe}": {nearest(probe, PROBES)}')
+        raise UserError(f'no probe "{probe}": {nearest(probe, known)}')
     if not 0 < labels <= 1:
         raise UserError(f"labels={labels:g} must be a share above 0 and at most 1, for example 0.1")
     run = Path(model) if isinstance(model, (str, Path)) and is_run(model) else None
+    whole = _measurable(model, model_options) if probe in (None, OWN) else None
+    if probe == OWN or (probe is None and whole is not None):
+        return _own(model, whole, run, data, seed=seed, device=device, out=out, talk=talk, **options)
+    probe = probe or "ridge"
     if data is None:
         if run is None:
             raise UserError(f"which data? unmask eval {model} --data URI")
@@ -70,6 +78,52 @@ def evaluate(
     return scores
 
 
+def _measurable(model: Any, options: Mapping[str, Any] | None) -> Any:
+    """The whole system, where it has metrics of its own; else None."""
+    from unmask.contracts import Trainable
+
+    if isinstance(model, (str, Path)):
+        if options or not Path(model).exists():
+            return None
+        try:
+            model = load(model, whole=True)
+        except UserError:  # an encoder alone
+            return None
+    return model if isinstance(model, Trainable) and model.measures else None
+
+
+def _own(
+    model: Any,
+    whole: Any,
+    run: Path | None,
+    data: Any,
+    *,
+    out: Any,
+    talk: Talk | None,
+    seed: int,
+    device: str,
+    **options: Any,
+) -> dict[str, Any]:
+    """A system's own metrics; data: a URI, or None for the run's own."""
+    from unmask.evaluation.own import own
+
+    if whole is None:
+        raise UserError(f"{model} has no metric of its own: measure its encoder: --probe ridge")
+    limit, split = options.pop("limit", None), options.pop("split", None)
+    settings = dict(data_of(run)) if run is not None else {}
+    if data is not None:
+        settings = {**{k: v for k, v in settings.items() if k not in ("split", "limit")}, "uri": str(data)}
+    elif run is None:
+        raise UserError(f"which data? unmask eval {model} --data URI")
+    folder = Path(out) if out is not None else run / "evaluation" if run is not None else None
+    scores = own(
+        whole, {**settings, **options}, split=split, seed=seed, limit=limit, device=device, out=folder, tell=talk
+    )
+    if run is not None and out is None:
+        rewrite_report(run)
+    return scores
+
+
 def data_of(run: Path) -> dict[str, Any]:
     """The data settings of a run (of its last stage)."""
     from unmask.reports.runs import read_run
@@ -83,7 +137,8 @@ def data_of(run: Path) -> dict[str, Any]:
 def probe_run(
     run: Path, talk: Talk, *, seed: int = 0, device: str = "auto", probe: str | None = None
 ) -> dict[str, Any] | None:
-    """The probe at the end of a training: ridge where the data has labels, RankMe where it has none; None without an encoder.
+    """The probe at the end of a training: the system's own metrics where it has some, else of its encoder ridge where the data has
+    labels and RankMe where it has none; None where there is nothing to measure.
 
     It looks at no more than ``TRAIN`` training and ``TEST`` test images (``RANKME`` without labels); the result's ``split``
     says so.
@@ -91,10 +146,18 @@ def probe_run(
     from unmask.contracts import Encoder
     from unmask.data import open as open_data
 
-    encoder = load(run)
-    if not isinstance(encoder, Encoder):
-        return None
     settings = data_of(run)
+    whole = load(run, whole=True)
+    if whole.measures and probe in (None, OWN):
+        talk(f"its own metrics on {settings['uri']} ...")
+        try:
+            return _own(run, whole, run, None, out=None, talk=talk, seed=seed, device=device)
+        except UserError as error:  # the training is done and stays: what could not be measured is said
+            talk(f"not measured: {error}")
+            return None
+    encoder = load(run)
+    if not isinstance(encoder, Encoder) or whole.Data is not None:
+        return None
     columns = settings.get("columns") or None
     source = open_data(settings["uri"], settings.get("split", "train"), columns=columns, limit=settings.get("limit"))
     if probe is None:
@@ -106,7 +169,6 @@ def probe_run(
     if probe != "rankme":
         from unmask.evaluation.accuracy import accuracy
 
-        whole = load(run, whole=True)
         try:
             accuracy(whole, data, seed=seed, device=device, columns=columns, limit=limit, out=run / "evaluation")
         except UserError as error:  # the probe says the rest

@@ -14,18 +14,18 @@ from typing import Any
 import numpy as np
 
 from unmask.api import auto, recipes
+from unmask.api.layers import Layer, data_class, in_proportion, lay, refuse_changes, size_of, sort_words, without_none
 from unmask.api.machine import check_device, machine
 from unmask.catalog import Card, cards, load_entry
-from unmask.config import Config, field_names, merged, override, parse_word, validated
-from unmask.contracts import Encoder, Trainable
+from unmask.config import Config, validated
+from unmask.contracts import Encoder, Trainable, TrainingBatches
 from unmask.data import Batches, DataSettings, Source
 from unmask.data import open as open_data
 from unmask.data.opening import LEARN, own_test
 from unmask.data.source import skipped_words
 from unmask.engine.settings import TrainSettings
-from unmask.errors import UserError, nearest
+from unmask.errors import UserError
 
-Layer = dict[str, dict[str, Any]]
 _FEW = 16  # images: from fewer a training is doubtful
 
 
@@ -36,10 +36,10 @@ class StagePlan:
     name: str
     system: type[Trainable]
     model: Config
-    data: DataSettings
+    data: Any  # the system's ``Data``, or image settings
     train: TrainSettings
-    source: Source
-    batches: Batches
+    source: Source | None  # the images, where it learns from images
+    batches: TrainingBatches
     reads: dict[str, str] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
@@ -90,53 +90,64 @@ def plan(
     else:
         chosen = recipes.named(system, auto.base_recipe(machine(device)) if automatic else recipe or "tiny")
     options: Layer = {
-        "data": _without_none(uri=None if data is None else str(data), image_size=size_of(image_size)),
-        "model": _without_none(backbone=backbone),
-        "train": _without_none(steps=steps, epochs=epochs, batch_size=batch_size, seed=seed, device=device),
+        "data": without_none(uri=None if data is None else str(data), image_size=size_of(image_size)),
+        "model": without_none(backbone=backbone),
+        "train": without_none(steps=steps, epochs=epochs, batch_size=batch_size, seed=seed, device=device),
     }
     words = sort_words(chosen, overrides)
-    stages, lines = [], []
+    stages: list[StagePlan] = []
+    lines: list[str] = []
     opened: dict[str, tuple[Source, list[str]]] = {}
     for number, stage in enumerate(chosen.stages):
-        given = _checked(_lay(options, words[number]))
+        cls = load_entry(stage.entry, chosen.system)
+        given = _checked(_of_stage(cls, lay(options, words[number]), chosen.system), cls)
         own: Layer = {"data": stage.data, "model": stage.model, "train": stage.train}
         if base is not None:
-            own = _lay(own, base.get(stage.name) or {})
+            own = lay(own, base.get(stage.name) or {})
+            refuse_changes(cls, own, given, chosen.system)
         else:
-            own = _in_proportion(own, given["train"].get("steps"))
-        cls = load_entry(stage.entry, chosen.system)
-        if base is not None:
-            _refuse_changes(cls, own, given, chosen.system)
-        _refuse_backbone(cls, given, chosen.system)
-        settings = _data_settings(_lay(own, given), chosen)
-        check_device(str(_lay(own, given)["train"].get("device", "auto")))
-        free = "split" not in _lay(own, given)["data"]
+            own = in_proportion(own, given["train"].get("steps"))
+        check_device(str(lay(own, given)["train"].get("device", "auto")))
+        settings = _data_settings(cls, lay(own, given), chosen)
+        batches = _own_batches(cls, lay(own, given), chosen)
+        if batches is not None:
+            stages.append(_validated(stage, chosen, cls, lay(own, given), getattr(batches, "source", None), batches))
+            continue
+        free = "split" not in lay(own, given)["data"]
         labels = cards().get(cls.slug, chosen.card).learns_from == "labels"
         key = str((settings.uri, settings.split, settings.limit, settings.columns, free, labels))
         if key not in opened:
             opened[key] = _opened(settings, labels=labels, free=free)
         source = opened[key][0]
-        own = _lay(own, {"data": {"split": source.split}}) if free else own
-        if automatic:
+        own = lay(own, {"data": {"split": source.split}}) if free else own
+        if automatic and "backbone" in cls.Config.model_fields:  # the rules of auto choose an encoder and its images
             seen = _with_start(given)
             choice = auto.choose(source.facts, machine(given["train"].get("device")), own, seen)
             if seen is not given:
                 choice.data["image_size"] = seen["data"]["image_size"]
                 choice.model = {}
-            own = _lay(own, {"data": choice.data, "model": _if_backbone(cls, choice.model), "train": choice.train})
+            own = lay(own, {"data": choice.data, "model": choice.model, "train": choice.train})
             lines = choice.lines
-        stages.append(_validated(stage, chosen, cls, _lay(own, given), source))
+        stages.append(_validated(stage, chosen, cls, lay(own, given), source))
     notes = [note for _, told in opened.values() for note in told]
     notes += dict.fromkeys(note for stage in stages for note in _doubts(stage))
-    return Plan(chosen.card, "auto" if automatic else chosen.name, stages, lines, notes)
+    return Plan(chosen.card, "auto" if lines else chosen.name, stages, lines, notes)
 
 
-def _checked(given: Layer) -> Layer:
+def _of_stage(cls: type[Trainable], given: Layer, system: str) -> Layer:
+    """What was asked for, for a stage whose data or network know nothing of it."""
+    _refuse_backbone(cls, given, system)
+    if "image_size" in given["data"] and "image_size" not in data_class(cls).model_fields:
+        raise UserError(f"{system} reads no images: leave --image-size out")
+    return given
+
+
+def _checked(given: Layer, cls: type[Trainable]) -> Layer:
     """What the user gave for train and data, alone: each value as its type has it, before any rule reads it."""
     out = dict(given)
-    for part, cls, needed in (("train", TrainSettings, {}), ("data", DataSettings, {"uri": "-"})):
+    for part, settings, needed in (("train", TrainSettings, {}), ("data", data_class(cls), {"uri": "-"})):
         values = given[part]
-        known = validated(cls, {**needed, **_alone(values)}, where=part)
+        known: Any = validated(settings, {**needed, **_alone(values)}, where=part)
         out[part] = {k: v if isinstance(v, Mapping) or v is None else getattr(known, k) for k, v in values.items()}
     return out
 
@@ -175,27 +186,43 @@ def _opened(settings: DataSettings, *, labels: bool, free: bool) -> tuple[Source
 
 
 def _validated(
-    stage: recipes.StageRecipe, recipe: recipes.Recipe, cls: type[Trainable], values: Layer, source: Source
+    stage: recipes.StageRecipe,
+    recipe: recipes.Recipe,
+    cls: type[Trainable],
+    values: Layer,
+    source: Source | None,
+    batches: TrainingBatches | None = None,
 ) -> StagePlan:
     train = validated(TrainSettings, values["train"], where="train")
-    data = _data_settings(values, recipe)
-    batches = Batches(source, data, train.batch_size, train.seed)
+    data = _data_settings(cls, values, recipe)
+    if batches is None:
+        assert source is not None
+        batches = Batches(source, data, train.batch_size, train.seed)
     model = cls.adapted(validated(cls.Config, values["model"], where=recipe.system), batches.facts)
     cls.check_batch(model, train.batch_size // (int(os.environ.get("WORLD_SIZE", "1")) * train.accumulate))
     return StagePlan(stage.name, cls, model, data, train, source, batches, stage.reads)
 
 
-def _data_settings(values: Layer, recipe: recipes.Recipe) -> DataSettings:
-    if not values["data"].get("uri"):
+def _own_batches(cls: type[Trainable], values: Layer, recipe: recipes.Recipe) -> TrainingBatches | None:
+    """Batches of a kind of the system's own; None where it learns from images as they are."""
+    train = validated(TrainSettings, values["train"], where="train")
+    model = validated(cls.Config, values["model"], where=recipe.system)
+    return cls.open_batches(model, _data_settings(cls, values, recipe), train.batch_size, train.seed)
+
+
+def _data_settings(cls: type[Trainable], values: Layer, recipe: recipes.Recipe) -> Any:
+    kind = data_class(cls)
+    if not values["data"].get("uri") and (cls.Data is None or kind.model_fields["uri"].is_required()):
         raise UserError(f"recipe {recipe.name} of {recipe.system} names no data: give --data URI")
-    return validated(DataSettings, values["data"], where="data")
+    return validated(kind, values["data"], where="data")
 
 
 def _doubts(stage: StagePlan) -> list[str]:
     """What is left out of the images of a stage, and what speaks against learning from them, one line each."""
     source, facts = stage.source, stage.batches.facts
-    if source.streaming:
-        return []
+    if source is None or source.streaming or not isinstance(stage.batches, Batches):
+        left_out = getattr(stage.batches, "skipped", None) or []
+        return [f"{skipped_words(left_out)}: see skipped.json in the run"] if left_out else []
     lines = []
     if source.skipped:
         lines.append(f"{skipped_words(source.skipped, len(source))}: see skipped.json in the run")
@@ -213,80 +240,6 @@ def _plain(batches: Batches) -> bool:
     return bool((images.amax(2) - images.amin(2)).max() < 1e-6)
 
 
-# --- words ---
-
-
-def sort_words(recipe: recipes.Recipe, words: Iterable[str] | Mapping[str, Any]) -> list[Layer]:
-    """``key=value`` words, sorted to each stage's data, model and train.
-
-    ``train.K`` and ``data.K`` go to every stage, ``STAGE.K`` to one, anything else to each stage whose system has the option.
-    Raises ``UserError`` for what nobody knows; a bare key of train or data is answered with its full name.
-    """
-    pairs = list(words.items()) if isinstance(words, Mapping) else [parse_word(word) for word in words]
-    out: list[Layer] = [{"data": {}, "model": {}, "train": {}} for _ in recipe.stages]
-    names = [stage.name for stage in recipe.stages]
-    for key, value in pairs:
-        head, _, rest = key.partition(".")
-        if len(names) > 1 and head in names and rest:
-            _place(out, [names.index(head)], recipe, rest, value)
-        else:
-            _place(out, list(range(len(names))), recipe, key, value)
-    return out
-
-
-def _place(out: list[Layer], stages: list[int], recipe: recipes.Recipe, key: str, value: Any) -> None:
-    head, _, rest = key.partition(".")
-    if head in ("train", "data") and rest:
-        for stage in stages:
-            out[stage][head] = override(out[stage][head], rest, value)
-            if head == "train" and rest in ("steps", "epochs"):  # the later word decides how long
-                out[stage]["train"].pop({"steps": "epochs", "epochs": "steps"}[rest], None)
-        return
-    classes = {stage: load_entry(recipe.stages[stage].entry, recipe.system).Config for stage in stages}
-    taking = [stage for stage, cls in classes.items() if head in cls.model_fields]
-    for stage in taking:
-        out[stage]["model"] = override(out[stage]["model"], key, value)
-    if taking:
-        return
-    for part, settings in (("train", TrainSettings), ("data", DataSettings)):
-        if key in settings.model_fields:
-            raise UserError(f'no option "{key}" in {recipe.system}: it belongs to {part}: write {part}.{key}={value}')
-    known = {name for cls in classes.values() for name in field_names(cls)}
-    known |= {f"train.{name}" for name in TrainSettings.model_fields} | {
-        f"data.{name}" for name in DataSettings.model_fields
-    }
-    raise UserError(f'no option "{key}" in {recipe.system}: {nearest(key, known)}')
-
-
-# --- layers ---
-
-
-def _lay(under: Mapping[str, Mapping[str, Any]], over: Mapping[str, Mapping[str, Any]]) -> Layer:
-    """One layer over another. Another backbone brings its own options; steps and epochs replace one another."""
-    out = {part: dict(under.get(part) or {}) for part in ("data", "model", "train")}
-    backbone = (over.get("model") or {}).get("backbone")
-    name = backbone.get("name") if isinstance(backbone, Mapping) else backbone
-    if name and name != _name(out["model"].get("backbone")):
-        out["model"].pop("backbone", None)
-    train = over.get("train") or {}
-    if (train.get("steps") is None) != (train.get("epochs") is None):
-        for key in ("steps", "epochs"):
-            out["train"].pop(key, None)
-    if "warmup_epochs" in train:  # a warm-up counted in steps belongs to the length it was written for
-        out["train"].pop("warmup_steps", None)
-    if train.get("base_lr") is not None and train.get("lr") is None:  # an absolute rate would win over it
-        out["train"].pop("lr", None)
-    return {part: merged(out[part], over.get(part)) for part in out}
-
-
-def _in_proportion(own: Layer, steps: int | None) -> Layer:
-    """A recipe of another length: its warm-up, counted in steps, keeps its share of the run."""
-    train = own["train"]
-    if not (steps and train.get("steps") and train.get("warmup_steps")) or steps == train["steps"]:
-        return own
-    return own | {"train": train | {"warmup_steps": round(train["warmup_steps"] * steps / train["steps"])}}
-
-
 def _with_start(given: Layer) -> Layer:
     """What was asked for, with the backbone and the image size of the encoder that ``init=FOLDER`` starts from."""
     if not given["model"].get("init"):
@@ -296,74 +249,9 @@ def _with_start(given: Layer) -> Layer:
     encoder = load(str(given["model"]["init"]))
     assert isinstance(encoder, Encoder)
     backbone = {"name": encoder.name, "patch_size": max(encoder.patch_size)}
-    return _lay({"data": {"image_size": list(encoder.image_size)}, "model": {"backbone": backbone}, "train": {}}, given)
-
-
-def _name(backbone: Any) -> Any:
-    return backbone.get("name") if isinstance(backbone, Mapping) else backbone
+    return lay({"data": {"image_size": list(encoder.image_size)}, "model": {"backbone": backbone}, "train": {}}, given)
 
 
 def _refuse_backbone(cls: type[Trainable], given: Layer, system: str) -> None:
     if "backbone" in given["model"] and "backbone" not in cls.Config.model_fields:
         raise UserError(f"{system} has a network of its own and takes no --backbone: leave it out")
-
-
-_FREE_OF_RUN = {"workers", "cache"}  # data options that change nothing of what is learnt
-
-
-def _refuse_changes(cls: type[Trainable], own: Layer, given: Layer, system: str) -> None:
-    """A run that goes on keeps its system's options and its data; only how long and where it trains may change."""
-    for part, settings, where in (("model", cls.Config, system), ("data", DataSettings, "data")):
-        asked = given[part]
-        if not asked:
-            continue
-        before = _flat(validated(settings, own[part], where=where).plain())
-        after = _flat(validated(settings, _lay(own, given)[part], where=where).plain())
-        for key in _flat({k: {"name": v} if k == "backbone" and isinstance(v, str) else v for k, v in asked.items()}):
-            old, new = before.get(key), after.get(key)
-            gone = part == "data" and key == "uri" and _is_gone(str(old))
-            if old == new or gone or (part == "data" and key in _FREE_OF_RUN):
-                continue
-            name = f"data.{key}" if part == "data" else key
-            raise UserError(
-                f"--resume goes on with {name}={old}, not {new}: leave it out, or train anew with another --out"
-            )
-
-
-def _is_gone(uri: str) -> bool:
-    """Whether data were a path that is no longer there: it may have moved."""
-    return Path(uri).is_absolute() and not Path(uri).exists()
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping with dotted keys; a size of one number written as two."""
-    out: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            out |= _flat(value, f"{prefix}{key}.")
-        else:
-            square = key == "image_size" and isinstance(value, int)
-            out[f"{prefix}{key}"] = [value, value] if square else list(value) if isinstance(value, tuple) else value
-    return out
-
-
-def _if_backbone(cls: type[Trainable], model: dict[str, Any]) -> dict[str, Any]:
-    return model if "backbone" in cls.Config.model_fields else {k: v for k, v in model.items() if k != "backbone"}
-
-
-def _without_none(**values: Any) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value is not None}
-
-
-def size_of(value: int | str | tuple[int, int] | None) -> int | list[int] | None:
-    """96, "96", "96x128" (height x width) or (96, 128) as pixels. Raises ``UserError`` for anything else."""
-    if value is None or isinstance(value, int):
-        return value
-    parts = str(value).lower().split("x") if isinstance(value, str) else list(value)
-    try:
-        sides = [int(part) for part in parts]
-    except ValueError:
-        sides = []
-    if not 1 <= len(sides) <= 2 or min(sides) < 1:
-        raise UserError(f"--image-size {value} is no size: write pixels, 96 or 96x128 (height x width)")
-    return sides[0] if len(sides) == 1 else sides

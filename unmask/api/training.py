@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from unmask.api import recipes
+from unmask.api.layers import Layer
 from unmask.api.measuring import probe_run, rewrite_report
-from unmask.api.plan import Layer, Plan, StagePlan, plan
+from unmask.api.plan import Plan, StagePlan, plan
 from unmask.config import parse_word
 from unmask.errors import UserError
 
@@ -113,9 +114,8 @@ def _stage(stage: StagePlan, out: Path, chosen: Plan, built: Callable[[], None])
         return model
 
     told = {"config": {"data": stage.data.plain()}, "title": chosen.card.title}
-    return Stage(
-        stage.name, build, stage.batches, stage.train, monitors_for(stage.batches, seed=stage.train.seed), told
-    )
+    monitors = monitors_for(stage.batches, seed=stage.train.seed) if stage.system.Data is None else []
+    return Stage(stage.name, build, stage.batches, stage.train, monitors, told)
 
 
 def _describe(chosen: Plan, out: Path, command: list[str] | None) -> dict[str, Any]:

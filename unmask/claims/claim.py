@@ -37,7 +37,7 @@ from unmask.config import Config, Field, merged, validated, words
 from unmask.errors import UserError, nearest
 from unmask.plain_yaml import read_yaml
 
-PROBES = ("ridge", "linear", "knn", "attentive", "finetune", "dense", "accuracy")
+PROBES = ("ridge", "linear", "knn", "attentive", "finetune", "dense", "accuracy", "own")
 PARTS = ("data", "model", "train")
 # A claim reads its numbers at the end: what only shows a training's course is off unless the claim asks for it.
 QUIET = {"probe_every": 0, "preview_every": 0, "reference_every": 0, "keep_last": 1}
@@ -57,7 +57,7 @@ class Metric(Config):
 
     probe: str = Field(
         description="ridge, linear, knn, attentive: of the frozen encoder; finetune: of a copy trained on; "
-        "dense: of patch tokens; accuracy: of the system's own answers"
+        "dense: of patch tokens; accuracy: of the system's own answers; own: a key of the system's own metrics"
     )
     data: str = Field(description="labelled data, as data.open takes it")
     key: str = Field("top1", description="the number taken from the probe's result")

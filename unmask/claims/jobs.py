@@ -47,6 +47,11 @@ class Job:
     def title(self) -> str:
         return f"{self.slug}: {self.arm}, seed {self.seed}"
 
+    def data_settings(self, uri: str) -> dict[str, Any]:
+        """The data settings of its training, for other data of the kind."""
+        own = {k: v for k, v in self.recipe["data"].items() if k not in ("split", "limit")}
+        return {**own, "uri": uri}
+
     def measure_file(self, metric: str) -> Path:
         return (
             self.folder

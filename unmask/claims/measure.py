@@ -22,6 +22,10 @@ def measure(model: Trainable, job: Job, name: str, talk: Callable[[str], None]) 
     """The numbers of one metric, shares in percent. Raises ``UserError`` where the model cannot be measured so."""
     wanted = job.metrics[name]
     probe, data, options = wanted["probe"], wanted["data"], dict(wanted["options"])
+    if probe == "own":
+        from unmask.evaluation.own import own
+
+        return own(model, job.data_settings(data), seed=wanted["seed"], tell=None, **options)
     if probe == "accuracy":
         return percent(accuracy(model, data))
     if model.encoder is None:

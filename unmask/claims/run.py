@@ -76,8 +76,9 @@ def checked(jobs: list[Job]) -> None:
     for job in jobs:
         if job.values() is None:
             job.write()
-            stage = plan(job.recipe_file).last
-            stage.system.build(stage.model)
+            for stage in plan(job.recipe_file).stages:
+                if not stage.reads:  # what reads an earlier stage can be built when that is done
+                    stage.system.build(stage.model)
 
 
 def default_jobs(device: str | None = None) -> int:

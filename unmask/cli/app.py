@@ -17,15 +17,17 @@ from unmask.cli import speech
 from unmask.cli.commands import (
     checking,
     comparing,
+    compressing,
     demonstration,
     evaluating,
+    explaining,
     exporting,
+    generating,
     listing,
     predicting,
     reading,
     reproducing,
     training,
-    verbs,
 )
 from unmask.errors import UserError, nearest
 
@@ -67,7 +69,9 @@ for module in (
     training,
     evaluating,
     predicting,
-    verbs,
+    generating,
+    compressing,
+    explaining,
     comparing,
     reading,
     exporting,
@@ -138,7 +142,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def main() -> None:
     """The entry point of the installed command."""
-    sys.exit(run())
+    code = run()
+    if "torch.distributed" in sys.modules:
+        from unmask.engine.distributed import leave
+
+        leave(code)
+    sys.exit(code)
 
 
 def _usage(error: Any) -> str:

@@ -48,6 +48,8 @@ class Probe:
     seeds: int = 1  # initialisations that the random baseline was measured on
     while_training: bool = False
     tested: int | None = None  # samples that it was measured on
+    words: str = ""  # what the number is, where the system says it
+    lower: bool = False  # whether a lower value is better
 
     @property
     def random(self) -> float | None:
@@ -80,10 +82,12 @@ class Probe:
         """ "good" above random initialisation by more than the noise (two standard deviations), "bad" below it, "" within."""
         if self.margin is None or abs(self.margin) <= 2 * self.error:
             return ""
-        return "good" if self.margin > 0 else "bad"
+        return "good" if (self.margin > 0) != self.lower else "bad"
 
     @property
     def label(self) -> str:
+        if self.words:
+            return self.words
         if self.while_training:
             return metric_name(self.key)
         probe, metric = probe_name(self.probe), metric_name(self.key)
@@ -96,14 +100,20 @@ def probe_rows(evaluation: dict[str, Any]) -> list[Probe]:
     name = str(evaluation.get("probe") or "probe")
     seeds = len((baselines.get(RANDOM) or {}).get("seeds") or [0])
     tested = int(evaluation["test_samples"]) if finite(evaluation.get("test_samples")) else None
+    named = evaluation.get("measures") or {}
+    lower = set(evaluation.get("lower_is_better") or ())
     rows = []
     for key, value in evaluation.items():
-        if not finite(value) or not (key in _KNOWN or any(key in v for v in baselines.values())):
+        if not finite(value) or not (key in _KNOWN or key in named or any(key in v for v in baselines.values())):
             continue
         same = {k: float(v[key]) for k, v in baselines.items() if finite(v.get(key))}
         spreads = {k: float(v[f"{key}_std"]) for k, v in baselines.items() if finite(v.get(f"{key}_std"))}
-        rows.append(Probe(name, key, float(value), same, spreads, seeds, tested=tested))
-    return sorted(rows, key=lambda r: _PREFERRED.index(r.key) if r.key in _PREFERRED else len(_PREFERRED))
+        words = str(named.get(key) or "")
+        rows.append(
+            Probe(name, key, float(value), same, spreads, seeds, tested=tested, words=words, lower=key in lower)
+        )
+    order = list(named) or list(_PREFERRED)
+    return sorted(rows, key=lambda r: order.index(r.key) if r.key in order else len(order))
 
 
 def best_probe(run: Run, probe: str | None = None) -> Probe | None:
@@ -112,7 +122,7 @@ def best_probe(run: Run, probe: str | None = None) -> Probe | None:
 
     probe: only this one.
     """
-    order = [*(p for p in PROBES if p != "finetune"), "finetune"]
+    order = ["own", *(p for p in PROBES if p not in ("finetune", "own")), "finetune"]
     known = sorted(run.evaluations, key=lambda e: order.index(e["probe"]) if e["probe"] in order else len(order))
     for evaluation in known:
         rows = probe_rows(evaluation)
@@ -142,6 +152,14 @@ def probe_finding(run: Run) -> Finding | None:
     if found is None:
         return None
     value = metric_value(found.key, found.value)
+    if found.random is None and found.baselines:
+        name, other = next(iter(found.baselines.items()))
+        better = (found.value < other) == found.lower and found.value != other
+        size = metric_margin(found.key, abs(found.value - other)).lstrip("+")
+        side = "above" if found.value > other else "below"
+        return Finding(
+            value, found.label, f"{size} {side} {name} ({metric_value(found.key, other)}).", "good" if better else "bad"
+        )
     if found.random is None or found.margin is None:
         return Finding(value, found.label, "There is no baseline to read it against.")
     start = metric_value(found.key, found.random)

@@ -15,6 +15,7 @@ PROBES = {
     "ridge": "ridge probe",
     "knn": "k-NN",
     "rankme": "RankMe",
+    "own": "own metrics",
 }
 """The probes by name, from the one that changes the network most to the one that changes nothing."""
 

@@ -27,8 +27,12 @@ def eval_command(
     ] = None,
     data: Annotated[str | None, typer.Option(help="Labelled images. Default for a run: its own data.")] = None,
     probe: Annotated[
-        str, typer.Option(help="linear, ridge, knn, attentive, finetune; rankme needs no labels.")
-    ] = "ridge",
+        str | None,
+        typer.Option(
+            help="linear, ridge, knn, attentive, finetune; rankme needs no labels; own: the system's own metrics (mean IoU, PSNR "
+            "...). Default: own where it has some, else ridge."
+        ),
+    ] = None,
     labels: Annotated[float, typer.Option(help="Share of the training labels used: 0.1, 0.01.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
@@ -38,7 +42,7 @@ def eval_command(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="The numbers as JSON.")] = False,
 ) -> None:
-    """Measure what an encoder knows: its frozen features, or fine-tuning.
+    """Measure what an encoder knows (its frozen features, or fine-tuning), or how well a system does its own task.
 
     Example: [bold]unmask eval runs/mae-001 --data sample:fashion --probe linear --labels 0.1[/bold]
     """
@@ -75,8 +79,11 @@ def eval_command(
     if json:
         speech.as_json(scores)
         return
-    from unmask.api.closing import score_rows
+    from unmask.api.closing import own_rows, score_rows
 
+    if scores["probe"] == "own":
+        speech.table((f"on {scores['data']} ({scores['split']})", *own_rows(scores)[0]), own_rows(scores)[1])
+        return
     if scores.get("skipped"):
         speech.say(skipped_words(scores["skipped"]))
 

@@ -1,12 +1,12 @@
-"""``predict``, ``generate``, ``compress`` and ``explain``: what a model can do besides being trained."""
+"""``predict``: what a trained model says about inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from unmask.catalog import list_systems, supervised
+from unmask.catalog import supervised
 from unmask.errors import UserError
 
 
@@ -73,27 +73,3 @@ def _save(inputs: Sequence[Any], results: Sequence[Any], out: Path) -> None:
             name = f"{name}-{number}"
         taken.add(name)
         result.save(out / name)
-
-
-def generate(model: Any, n: int = 16, *, out: str | Path | None = None) -> NoReturn:
-    """Make new samples with a system that generates. Raises ``UserError`` as long as none is installed."""
-    _nobody("generate", "unmask generate")
-
-
-def compress(
-    model: Any, *, method: str | None = None, data: str | None = None, budget: str | None = None, out: Any = None
-) -> NoReturn:
-    """Make a model smaller with a system that compresses. Raises ``UserError`` as long as none is installed."""
-    _nobody("compress", "unmask compress")
-
-
-def explain(model: Any, files: Any, *, method: str | None = None, out: Any = None) -> NoReturn:
-    """Attribute a model's answer to its input with a system that explains. Raises ``UserError`` as long as none is installed."""
-    _nobody("explain", "unmask explain")
-
-
-def _nobody(verb: str, command: str) -> NoReturn:
-    serving = [card.slug for card in list_systems(verb)]
-    if serving:
-        raise UserError(f"{command} does not run {', '.join(serving)} yet: call {serving[0]} through its own package")
-    raise UserError(f"no installed system serves the verb {verb} yet: unmask list shows what there is")
