@@ -184,7 +184,8 @@ class TrainingBatches(Protocol):
     """Training data as the engine reads it: raw batches in an order of their own, made ready on the device.
 
     ``unmask.data.batches.Batches`` is the one for images; ``unmask.data.mapped.Mapped`` is what other kinds build on.
-    Optional besides: ``preprocessing`` (travels with an encoder), ``skipped`` (what could not be read), ``source``.
+    Optional besides: ``preprocessing`` (travels with an encoder), ``side_files`` (text by file name, saved with the model: a
+    tokenizer), ``skipped`` (what could not be read), ``source``.
     """
 
     facts: DataFacts
@@ -223,11 +224,15 @@ class Trainable(nn.Module):
     measures: ClassVar[Mapping[str, str]] = {}  # what ``measure`` gives: key -> words; the first is the main one
     lower_is_better: ClassVar[frozenset[str]] = frozenset()  # among ``measures``
     encoder: Encoder | None  # what evaluation and export take away, if anything
+    side_files: dict[
+        str, str
+    ]  # saved beside the weights, text by file name: a tokenizer. Comes from ``batches.side_files``
 
     def __init__(self, config: configs.Config):
         super().__init__()
         self.config = config
         self.encoder = None
+        self.side_files = {}
 
     # --- construction ---
     @classmethod
@@ -368,7 +373,8 @@ class Result(Protocol):
 @runtime_checkable
 class Predictor(Protocol):
     """Besides ``predict``: ``Ask``, a ``Config`` of the options that ``predict`` takes as keywords, and ``joint = True`` where all
-    inputs belong to one question (two alignments) and the number of results is not theirs."""
+    inputs belong to one question (two alignments) and the number of results is not theirs. ``suffixes``: endings of the files that
+    folders are searched for, where they are not images; ``predict_batch``: how many inputs it wants at once (16)."""
 
     def predict(self, inputs: list[Input], **options: Any) -> list[Any]:
         """One result an input, in order."""
@@ -423,7 +429,7 @@ class Compressed:
 
 @runtime_checkable
 class Compressor(Protocol):
-    """model: a ``unmask.models.UserModel``, which says how it is fed. A compressor that learns is a ``Trainable`` with ``finish``."""
+    """model: a ``unmask.models.UserModel``, which says how it is fed. One that learns is a ``Trainable`` with ``finish``."""
 
     def compress(
         self,

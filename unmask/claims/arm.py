@@ -84,7 +84,8 @@ def untrained(job: Job) -> Trainable:
         torch.manual_seed(job.seed)
         model = stage.system.build(stage.model)
     if model.encoder is not None:
-        model.encoder.preprocessing = stage.batches.preprocessing
+        model.encoder.preprocessing = getattr(stage.batches, "preprocessing", None)
+    model.side_files.update(getattr(stage.batches, "side_files", None) or {})
     return model.eval()
 
 

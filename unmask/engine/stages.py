@@ -122,6 +122,7 @@ def _prepared(model: Trainable, batches: Any) -> Trainable:
     preprocessing = getattr(batches, "preprocessing", None)
     if model.encoder is not None and preprocessing is not None:
         model.encoder.preprocessing = preprocessing
+    model.side_files.update(getattr(batches, "side_files", None) or {})
     return model.train()
 
 

@@ -36,7 +36,7 @@ _FROM_ELSEWHERE = {"pretrained", "weights", "checkpoint_path", "pretrained_cfg",
 def save_trainable(model: Trainable, folder: str | Path, *, state: Mapping[str, Tensor] | None = None) -> Path:
     """Write a whole system. state: its weights if they were gathered or averaged elsewhere. Raises ``UserError``."""
     encoder = model.encoder
-    described = {
+    described: dict[str, Any] = {
         "unmask": _version(),
         "kind": "trainable",
         "system": model.slug,
@@ -44,7 +44,10 @@ def save_trainable(model: Trainable, folder: str | Path, *, state: Mapping[str, 
         "config": own_config(model.config.plain()),
         "preprocessing": encoder.preprocessing.plain() if encoder is not None and encoder.preprocessing else None,
     }
-    return write_folder(Path(folder), described, model.state_dict() if state is None else state)
+    if model.side_files:
+        described["side_files"] = sorted(model.side_files)
+    files = {name: text.encode() for name, text in model.side_files.items()}
+    return write_folder(Path(folder), described, model.state_dict() if state is None else state, files=files)
 
 
 def save_encoder(
@@ -176,7 +179,21 @@ def load_trainable(folder_or_id: str | Path, expected: type[Trainable] | None = 
     load_strict(model, read_checkpoint(folder / WEIGHTS), where=folder / WEIGHTS)
     if model.encoder is not None and described.get("preprocessing"):
         model.encoder.preprocessing = Preprocessing.of(described["preprocessing"])
+    model.side_files = _side_files(folder, described)
     return model.eval()
+
+
+def _side_files(folder: Path, described: Mapping[str, Any]) -> dict[str, str]:
+    """The text files that were saved beside the weights; names that lead out of the folder are refused."""
+    found = {}
+    for name in described.get("side_files") or []:
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+            raise UserError(f"{folder / CONFIG} names the file {name!r}, which is not there: the model is damaged")
+        try:
+            found[name] = (folder / name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{folder / name} cannot be read: {error}") from None
+    return found
 
 
 def load_encoder(folder_or_id: str | Path) -> Encoder:
@@ -245,7 +262,7 @@ def _snapshot(repo_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=[CONFIG, WEIGHTS]))
+        return Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.txt", WEIGHTS]))
     except Exception as error:  # the client raises its own, httpx's and OSError for what is one fact to a user
         raise UserError(f"no folder {repo_id} here, and the Hub does not give {repo_id}: {hub_reason(error)}") from None
 
