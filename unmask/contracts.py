@@ -421,10 +421,11 @@ class Budget:
 @dataclass
 class Compressed:
     """A smaller model and what was gained. ``report`` holds, before and after: metric, parameters, macs, bytes
-    (index bits included), latency."""
+    (index bits included), latency. ``files``: what else is worth keeping (masks, a ranking), by name."""
 
     model: nn.Module
     report: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
 
 
 @runtime_checkable

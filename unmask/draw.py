@@ -242,10 +242,14 @@ def bernoulli(
     return draw.uniform(name, shape, device=device) < probability
 
 
-def gumbel(draw: Draw, name: str, shape: Sequence[int], *, device: torch.device | str = "cpu") -> Tensor:
+def gumbel(
+    draw: Draw, name: str, shape: Sequence[int], *, device: torch.device | str = "cpu", shared: bool = False
+) -> Tensor:
     """Standard Gumbel noise, -log(-log u), always finite: u is kept away from 0 and 1 by half a step of the 24-bit grid (in
-    float64, where that half step still counts)."""
-    uniform = draw.uniform(name, shape, device=device).double() + 2.0**-25
+    float64, where that half step still counts). A ``Replay`` may hold the noise itself, under ``<name>.gumbel``."""
+    if isinstance(draw, Replay) and f"{name}.gumbel" in draw.tensors:
+        return draw.normal(f"{name}.gumbel", shape, device=device)
+    uniform = draw.uniform(name, shape, device=device, shared=shared).double() + 2.0**-25
     return -(-uniform.log()).log().float()
 
 

@@ -99,9 +99,9 @@ def test_missing_data_are_told_in_one_line_before_anything_runs(
 ) -> None:
     monkeypatch.setenv("UNMASK_DATA", str(tmp_path))
     with pytest.raises(
-        UserError, match=r"^data missing: grocery96, camvid, not found under UNMASK_DATA=.*: set UNMASK_DATA"
+        UserError, match=r"^data missing: nowhere96, camvid, not found under UNMASK_DATA=.*: set UNMASK_DATA"
     ):
-        find_data(["grocery96+camvid", "camvid", "sample:fashion"], tmp_path)
+        find_data(["nowhere96+camvid", "camvid", "sample:fashion"], tmp_path)
 
 
 @pytest.mark.parametrize("slug", PUBLISHED)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from unmask.claims.statistics import paired
-from unmask.claims.verdict import comparisons, verdict
+from unmask.claims.verdict import comparisons, rule, verdict
 from unmask.errors import UserError
 
 scores = st.lists(
@@ -84,3 +84,16 @@ def test_other_arms_and_other_metrics_are_reported_and_decide_nothing() -> None:
     ]
     assert verdict(compared) == "shown"
     assert compared[0].sentence().startswith("ours against white, loss: +1.00 [+")
+
+
+def test_a_margin_tests_that_the_method_is_not_worse_by_so_much() -> None:
+    method, baseline = [70.0, 71.5, 69.0, 70.5], [70.4, 71.4, 69.7, 70.6]
+    gaps = [a - b for a, b in zip(method, baseline, strict=True)]
+    found = paired(method, baseline, margin=2.0)
+    assert found.p == pytest.approx(stats.ttest_1samp(gaps, -2.0, alternative="greater").pvalue)
+    assert (found.low, found.high) == (paired(method, baseline).low, paired(method, baseline).high)
+    assert (found.low > -2.0) == (found.p < 0.05)
+    numbers = {"miou": {"ours": method, "theirs": baseline}}
+    assert verdict(comparisons(numbers, "ours", ["theirs"], "miou", {"miou": True}, 2.0)) == "shown"
+    assert verdict(comparisons(numbers, "ours", ["theirs"], "miou", {"miou": True})) == "not shown"
+    assert "less than 2 worse" in rule(2.0)

@@ -1,9 +1,10 @@
 """The golden harness: what a case is, how an adapter is called, and when two tensors are the same.
 
 A case is a pair ``NAME.json`` + ``NAME.safetensors``. The JSON names the system, its config and a tolerance; the
-tensors are ``param.*`` (weights), ``in.*`` (inputs), ``draw.*`` (the random numbers of the official run), and the
-answers of the official code, ``out.*`` and ``grad.*``. A system's ``official.py`` offers ``run_case(config, tensors)``.
-It sees the first three kinds only and returns outputs, the module and gradients, each under its name without the prefix.
+tensors are ``param.*`` (weights), ``buffer.*`` (running statistics), ``in.*`` (inputs), ``draw.*`` (the random numbers of
+the official run), and the answers of the official code, ``out.*`` and ``grad.*``. A system's ``official.py`` offers
+``run_case(config, tensors)``. It sees all but the answers and returns outputs, the module and gradients, each under its
+name without the prefix.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from unmask import catalog
 
-GIVEN = ("param.", "in.", "draw.")
+GIVEN = ("param.", "buffer.", "in.", "draw.")
 SMALLEST = 1e-7  # a tensor whose largest value is below this has no size to compare with
 RunCase = Callable[[dict[str, Any], dict[str, Tensor]], tuple[Mapping[str, Tensor], Any, Mapping[str, Tensor]]]
 

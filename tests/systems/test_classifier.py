@@ -14,7 +14,7 @@ from unmask.contracts import DataFacts, Preprocessing, configured
 from unmask.draw import Recorder, Seeded
 from unmask.errors import UserError
 from unmask.systems.prediction.classifier.model import Classifier
-from unmask.systems.prediction.classifier.transfer import transfer
+from unmask.systems.prediction.transfer import transfer
 
 TINY = {"name": "vit_nano_patch4", "image_size": 16, "in_channels": 1, "embed_dim": 32, "depth": 2, "num_heads": 2}
 

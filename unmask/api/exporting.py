@@ -27,7 +27,7 @@ def import_checkpoint(
     file is damaged, holds code, or belongs to another system; then nothing is written.
     """
     from unmask.catalog import card
-    from unmask.config import parse_word
+    from unmask.config import override, parse_word
     from unmask.contracts import Preprocessing, Trainable
     from unmask.engine.run import refuse_occupied
     from unmask.official import hub
@@ -39,12 +39,14 @@ def import_checkpoint(
         raise UserError(f"{system} has no rules for official checkpoints: {nearest(system, _with_rules())}")
     out = Path(out)
     refuse_occupied(out)
-    options = dict(overrides) if isinstance(overrides, Mapping) else dict(parse_word(word) for word in overrides)
+    options: dict[str, Any] = {}
+    for key, value in overrides.items() if isinstance(overrides, Mapping) else map(parse_word, overrides):
+        options = override(options, key, value)
     known = getattr(rules, "OPTIONS", options)
     for name in options:
         if name not in known:
             raise UserError(f'no option "{name}" in the checkpoints of {system}: {nearest(name, known)}')
-    model = rules.load_official(read_checkpoint(Path(file)), options)
+    model = rules.load_official(read_checkpoint(Path(file), prefer=getattr(rules, "PREFER", ())), options)
     encoder = model.encoder if isinstance(model, Trainable) else model
     if encoder is not None and encoder.preprocessing is None and encoder.in_channels == 3:
         encoder.preprocessing = Preprocessing(image_size=tuple(encoder.image_size))  # ImageNet's statistics

@@ -25,6 +25,7 @@ from unmask.data.opening import LEARN, own_test
 from unmask.data.source import skipped_words
 from unmask.engine.settings import TrainSettings
 from unmask.errors import UserError
+from unmask.official.hub import trainable_class
 
 _FEW = 16  # images: from fewer a training is doubtful
 
@@ -76,14 +77,18 @@ def plan(
     device: str | None = None,
     overrides: Iterable[str] | Mapping[str, Any] = (),
     base: Mapping[str, Layer] | None = None,
+    made: recipes.Recipe | None = None,
 ) -> Plan:
     """Everything that a training needs, checked. base: for each stage the options that a run began with, which replace the
-    recipe's own below all that is asked for. Raises ``UserError`` in one line for whatever does not fit; writes nothing."""
+    recipe's own below all that is asked for. made: a recipe already read. Raises ``UserError`` in one line for whatever does not
+    fit; writes nothing."""
     system = str(system)
     automatic = (
         base is None and not recipes.is_file(system) and (recipe == "auto" or (recipe is None and data is not None))
     )
-    if recipes.is_file(system):
+    if made is not None:
+        chosen = made
+    elif recipes.is_file(system):
         if recipe is not None:
             raise UserError(f"{system} is a recipe already: leave --recipe {recipe} out")
         chosen = recipes.from_file(system)
@@ -99,7 +104,7 @@ def plan(
     lines: list[str] = []
     opened: dict[str, tuple[Source, list[str]]] = {}
     for number, stage in enumerate(chosen.stages):
-        cls = load_entry(stage.entry, chosen.system)
+        cls = load_entry(stage.entry, chosen.system) if made is None else trainable_class(stage.entry, Path("run.json"))
         given = _checked(_of_stage(cls, lay(options, words[number]), chosen.system), cls)
         own: Layer = {"data": stage.data, "model": stage.model, "train": stage.train}
         if base is not None:
@@ -220,7 +225,7 @@ def _data_settings(cls: type[Trainable], values: Layer, recipe: recipes.Recipe) 
 def _doubts(stage: StagePlan) -> list[str]:
     """What is left out of the images of a stage, and what speaks against learning from them, one line each."""
     source, facts = stage.source, stage.batches.facts
-    if source is None or source.streaming or not isinstance(stage.batches, Batches):
+    if source is None or not isinstance(stage.batches, Batches) or source.streaming:
         left_out = getattr(stage.batches, "skipped", None) or []
         return [f"{skipped_words(left_out)}: see skipped.json in the run"] if left_out else []
     lines = []

@@ -52,7 +52,7 @@ def is_file(system: str) -> bool:
 def named(system: str, name: str) -> Recipe:
     """A recipe of a system. Raises ``UserError`` with the nearest known name, for systems and for recipes."""
     card = catalog.card(system)
-    if card.verb not in ("train", "predict") or not card.entry:
+    if not card.entry or not _learns(card):
         raise UserError(f"{system} is not trained by itself: {_what_instead(card)}")
     known = catalog.recipes(system)
     if not known:
@@ -131,6 +131,16 @@ def _refuse_unknown(values: Mapping[str, Any], known: tuple[str, ...], where: st
     for key in values:
         if key not in known:
             raise UserError(f'no key "{key}" in {where}: {nearest(str(key), known)}')
+
+
+def _learns(card: catalog.Card) -> bool:
+    """Whether a system is trained: a compressor or an explainer may be, or may only measure."""
+    if card.verb in ("train", "predict", "generate"):
+        return True
+    from unmask.contracts import Trainable
+
+    cls = card.load()
+    return isinstance(cls, type) and issubclass(cls, Trainable)
 
 
 def _what_instead(card: catalog.Card) -> str:

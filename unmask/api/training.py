@@ -127,6 +127,9 @@ def _describe(chosen: Plan, out: Path, command: list[str] | None) -> dict[str, A
         "recipe": chosen.recipe,
         "auto": chosen.lines or None,
         "config": last.plain(),
+        "entries": {
+            s.name: {"entry": f"{s.system.__module__}:{s.system.__qualname__}", "from": s.reads} for s in chosen.stages
+        },
         **({"stage_configs": {s.name: s.plain() for s in chosen.stages}} if len(chosen.stages) > 1 else {}),
         "seed": last.train.seed,
     }
@@ -162,11 +165,16 @@ def _go_on(system: str, out: Path | None, asked: dict[str, Any], talk: Talk, pro
     base = _own_options(info)
     known = recipes.from_file(system) if recipes.is_file(system) else None
     name = str(info.get("recipe") or "tiny")
-    again = plan(
-        system if known else slug,
-        base=base,
-        **{**asked, "recipe": None if known else (name if _has_recipe(slug, name) else "tiny")},
-    )
+    if info.get("entries") and not known:  # the run says itself what it was made of, whatever became of its recipe
+        own = {"about": "", "stages": [{"name": n, **e} for n, e in info["entries"].items()]}
+        made = recipes.parse(slug, name, own, where=str(folder))
+        again = plan(slug, base=base, made=made, **{**asked, "recipe": None})
+    else:
+        again = plan(
+            system if known else slug,
+            base=base,
+            **{**asked, "recipe": None if known else (name if _has_recipe(slug, name) else "tiny")},
+        )
     again.recipe, again.lines = name, list(info.get("auto") or [])
     if _has_nothing_left(again, folder) and (not probe or any((folder / "evaluation").glob("*.json"))):
         talk(f"{folder} is already done: go on with more steps (--steps) or epochs")

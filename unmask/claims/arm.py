@@ -26,7 +26,7 @@ Talk = Callable[[str], None]
 def perform(job: Job, talk: Talk) -> dict[str, float]:
     """The job's numbers, by metric. Raises ``UserError`` for whatever does not fit."""
     missing = [name for name in job.metrics if not job.measure_file(name).is_file()]
-    if missing:
+    if missing or not job.metrics:
         model = untrained(job) if job.untrained else trained(job, talk)
         for name in missing:
             started = time.monotonic()

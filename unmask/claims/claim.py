@@ -20,7 +20,9 @@
         metrics:
           ridge: {probe: ridge, data: cifar10, key: top1}
 
-``method`` must beat every one of ``baselines`` on ``metric``; other arms and metrics are measured and reported only.
+A tier with ``before: {system, data, model, train}`` trains that once a seed first; ``{before}`` in an arm is its run.
+``method`` must beat every one of ``baselines`` on ``metric``, or with ``margin: 2`` be less than 2 worse; other arms and
+metrics are measured and reported only.
 """
 
 from __future__ import annotations
@@ -90,6 +92,22 @@ class Cost(Config):
     repeats: int = Field(5, ge=1)
 
 
+class Before(Config):
+    """What is trained once a seed before the arms, for all of them alike; its run is ``{before}`` in their settings."""
+
+    system: str
+    data: dict[str, Any] = {}
+    model: dict[str, Any] = {}
+    train: dict[str, Any] = Field(description="steps and batch_size among them")
+
+    @model_validator(mode="after")
+    def _has_a_length(self) -> Before:
+        for key in ("steps", "batch_size"):
+            if not isinstance(self.train.get(key), int):
+                raise ValueError(f"before needs train.{key}")
+        return self
+
+
 class Tier(Config):
     """One size of the experiment: "tiny" for two cores, "small" for one GPU."""
 
@@ -97,6 +115,7 @@ class Tier(Config):
     budget: Budget
     seeds: int = Field(3, ge=3, description="a paired test of fewer says nothing")
     system: str = Field("", description="what is trained, where it is not the claim's own system")
+    before: Before | None = Field(None, description="what all arms of a seed start from")
     data: dict[str, Any] = {}
     model: dict[str, Any] = {}
     train: dict[str, Any] = {}
@@ -104,6 +123,7 @@ class Tier(Config):
     method: str
     baselines: list[str] = Field(min_length=1)
     metric: str
+    margin: float = Field(0.0, ge=0, description="how much worse than a baseline it may be (non-inferiority)")
     metrics: dict[str, Metric] = Field(min_length=1)
     cost: Cost | None = None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from unmask import __version__
-from unmask.claims.claim import Metric, Tier
+from unmask.claims.claim import QUIET, Metric, Tier
 from unmask.claims.materials import short
 from unmask.plain_yaml import read_yaml
 
@@ -60,7 +60,9 @@ class Job:
         )
 
     def values(self) -> dict[str, float] | None:
-        """Each metric's number, or None while one is missing."""
+        """Each metric's number, or None while one is missing; of a job that only trains: nothing, once that is done."""
+        if not self.metrics and not self._trained():
+            return None
         found = {}
         for name in self.metrics:
             path = self.measure_file(name)
@@ -68,6 +70,10 @@ class Job:
                 return None
             found[name] = float(json.loads(path.read_text())["value"])
         return found
+
+    def _trained(self) -> bool:
+        path = self.run / "run.json"
+        return path.is_file() and json.loads(path.read_text()).get("state") == "done"
 
     def seconds(self) -> float:
         """Seconds of training and measuring, as far as they are written."""
@@ -104,12 +110,36 @@ def read_job(folder: Path) -> Job:
     return Job(folder=folder, recipe=recipe, **json.loads((folder / "job.json").read_text(encoding="utf-8")))
 
 
-def jobs_of(
+def jobs_before(
     slug: str, tier: Tier, seeds: int, work: Path, found: Mapping[str, str], device: str | None = None
+) -> list[Job]:
+    """What is trained before the arms, one a seed; empty for a claim without it."""
+    if tier.before is None:
+        return []
+    jobs = []
+    for seed in range(seeds):
+        parts = {part: dict(getattr(tier.before, part)) for part in ("data", "model", "train")}
+        parts["train"] = {**QUIET, **parts["train"], "seed": seed, **({"device": device} if device else {})}
+        parts["data"]["uri"] = found[parts["data"]["uri"]]
+        recipe = {"system": tier.before.system, "about": f"{slug}, before its arms, seed {seed}", **parts}
+        digest = short(json.dumps([__version__, recipe], sort_keys=True, default=str))
+        folder = work / f"{slug}-before-seed{seed}-{digest}"
+        jobs.append(Job(folder, slug, "before", seed, False, parts["train"]["steps"], recipe, {}))
+    return jobs
+
+
+def jobs_of(
+    slug: str,
+    tier: Tier,
+    seeds: int,
+    work: Path,
+    found: Mapping[str, str],
+    device: str | None = None,
+    before: Sequence[Job] = (),
 ) -> list[Job]:
     """Every arm with every seed, seed by seed, so that a half-done claim already has whole pairs.
 
-    found: what each URI of the claim is for ``data.open``.
+    found: what each URI of the claim is for ``data.open``. before: what ``jobs_before`` gave.
     """
     jobs = []
     for seed in range(seeds):
@@ -119,6 +149,8 @@ def jobs_of(
             if device is not None:
                 parts["train"]["device"] = device
             parts["data"]["uri"] = found[parts["data"]["uri"]]
+            if before:
+                parts = _with_run(parts, str(before[seed].run))
             recipe = {"system": tier.system or slug, "about": f"{slug}, {arm}, seed {seed}", **parts}
             metrics = {name: measured(metric, found, seed) for name, metric in tier.metrics.items()}
             digest = short(json.dumps([__version__, recipe, own.untrained], sort_keys=True, default=str))
@@ -126,6 +158,15 @@ def jobs_of(
             steps = 0 if own.untrained else tier.budget.steps
             jobs.append(Job(folder, slug, arm, seed, own.untrained, steps, recipe, metrics))
     return jobs
+
+
+def _with_run(value: Any, run: str) -> Any:
+    """``{before}`` in any text of the settings, replaced by a run."""
+    if isinstance(value, Mapping):
+        return {k: _with_run(v, run) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_run(v, run) for v in value]
+    return value.replace("{before}", run) if isinstance(value, str) else value
 
 
 def measured(metric: Metric, found: Mapping[str, str], seed: int) -> dict[str, Any]:

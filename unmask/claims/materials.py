@@ -1,7 +1,7 @@
 """The data that claims name, found on this machine: under ``$UNMASK_DATA``, or in a folder ``shared/data`` beside us.
 
-Besides what ``data.open`` takes, a claim may name ``NAME`` for ``NAME-train.parquet`` there, ``camvid`` for the zip of
-street scenes, and ``A+B+C`` for several sets of images as one, without labels.
+Besides what ``data.open`` takes, a claim may name ``NAME`` for ``NAME-train.parquet`` there, or a file there by its whole
+name; ``camvid`` for the zip of street scenes, and ``A+B+C`` for several sets of images as one, without labels.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def local(name: str, folder: Path | None) -> Path | None:
     if folder is None:
         return None
     candidates = (
-        [folder / SCENES] if name == "camvid" else [folder / f"{name}-train.parquet", folder / f"{name}.parquet"]
+        [folder / SCENES]
+        if name == "camvid"
+        else [folder / f"{name}-train.parquet", folder / f"{name}.parquet", folder / name]
     )
     return next((c for c in candidates if c.is_file()), None)
 

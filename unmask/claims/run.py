@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from unmask.claims.claim import Claim, Tier, tier_of
-from unmask.claims.jobs import Job, jobs_of
+from unmask.claims.jobs import Job, jobs_before, jobs_of
 from unmask.claims.materials import find_data
 from unmask.claims.pool import cores, run_jobs
-from unmask.claims.verdict import RULE, comparisons, verdict
+from unmask.claims.verdict import comparisons, rule, verdict
 from unmask.errors import UserError
 
 Talk = Callable[[str], None]
@@ -50,12 +50,18 @@ def reproduce(
     ]
     if not all(uris):
         raise UserError(f"the claim of {system}, tier {tier}: data.uri is missing")
+    if chosen.before is not None:
+        uris.append(chosen.before.data.get("uri", ""))
     found = find_data(uris, folder)
-    every = jobs_of(system, chosen, count, folder, found, device)
-    checked(every[: len(chosen.arms)])
+    first = jobs_before(system, chosen, count, folder, found, device)
+    every = jobs_of(system, chosen, count, folder, found, device, first)
+    checked(first[:1] or every[: len(chosen.arms)])
     talk(f"{system}: {claim.statement}")
     talk(f"{len(chosen.arms)} arms, {count} seeds; {chosen.budget.sentence()}; runs in {folder}")
     began = time.monotonic()
+    if first:
+        run_jobs(first, jobs or default_jobs(device), talk)
+        checked(every[: len(chosen.arms)])
     run_jobs(every, jobs or default_jobs(device), talk)
     result = outcome(system, claim, tier, chosen, every, count)
     if chosen.cost is not None:
@@ -99,7 +105,7 @@ def outcome(system: str, claim: Claim, name: str, tier: Tier, jobs: list[Job], s
         for metric, value in (job.values() or {}).items():
             numbers[metric][job.arm].append(value)
     directions = {m: metric.higher for m, metric in tier.metrics.items()}
-    compared = comparisons(numbers, tier.method, tier.baselines, tier.metric, directions)
+    compared = comparisons(numbers, tier.method, tier.baselines, tier.metric, directions, tier.margin)
     decisive = [c for c in compared if c.primary]
     return {
         "format": FORMAT,
@@ -112,7 +118,7 @@ def outcome(system: str, claim: Claim, name: str, tier: Tier, jobs: list[Job], s
         "about": tier.about,
         "budget": tier.budget.sentence(),
         "verdict": verdict(compared),
-        "rule": RULE,
+        "rule": rule(tier.margin),
         "metric": tier.metric,
         "metric_label": tier.metrics[tier.metric].label or tier.metric,
         "metrics": {m: {**metric.plain(), "label": metric.label or m} for m, metric in tier.metrics.items()},

@@ -25,6 +25,7 @@ class Paired:
     high: float
     level: float
     wins: int  # seeds in which the method is better
+    margin: float = 0.0  # the test is of "not worse by so much or more": non-inferiority where it is above 0
 
     def plain(self) -> dict[str, Any]:
         """JSON-able: an infinite t (no spread between the seeds) becomes null."""
@@ -32,11 +33,19 @@ class Paired:
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def paired(method: Sequence[float], baseline: Sequence[float], *, higher: bool = True, level: float = LEVEL) -> Paired:
+def paired(
+    method: Sequence[float],
+    baseline: Sequence[float],
+    *,
+    higher: bool = True,
+    level: float = LEVEL,
+    margin: float = 0.0,
+) -> Paired:
     """Compare two arms, value i of both from the same seed (same initialisation, data order and draws).
 
-    higher: whether a higher value is better. Student's t on the n differences, n - 1 degrees of freedom; with no spread
-    at all the sign of the mean decides (p 0 or 1). Raises ``UserError`` for fewer than two seeds or unequal counts.
+    higher: whether a higher value is better. margin: what the mean is tested against is -margin instead of 0. Student's t on
+    the n differences, n - 1 degrees of freedom; with no spread at all the sign decides (p 0 or 1). Raises ``UserError`` for
+    fewer than two seeds or unequal counts.
     """
     from scipy import stats
 
@@ -53,8 +62,10 @@ def paired(method: Sequence[float], baseline: Sequence[float], *, higher: bool =
     error = std / math.sqrt(count)
     wins = sum(g > 0 for g in gaps)
     if error <= 1e-12 * max(abs(mean), 1e-300):
-        t = math.copysign(math.inf, mean) if mean else 0.0
-        return Paired(tuple(gaps), mean, std, t, 0.0 if mean > 0 else 1.0, mean, mean, level, wins)
-    t = mean / error
+        above = mean + margin
+        t = math.copysign(math.inf, above) if above else 0.0
+        return Paired(tuple(gaps), mean, std, t, 0.0 if above > 0 else 1.0, mean, mean, level, wins, margin)
+    t = (mean + margin) / error
     reach = float(stats.t.ppf(0.5 + level / 2, count - 1)) * error
-    return Paired(tuple(gaps), mean, std, t, float(stats.t.sf(t, count - 1)), mean - reach, mean + reach, level, wins)
+    p = float(stats.t.sf(t, count - 1))
+    return Paired(tuple(gaps), mean, std, t, p, mean - reach, mean + reach, level, wins, margin)

@@ -19,6 +19,12 @@ IN_MEMORY = 2 << 30  # bytes of parquet that are read whole rather than converte
 
 def open_parquet(uri: str, path: Path, split: str, columns: Mapping[str, str]) -> Source:
     """One parquet file, or a folder of them. ``X-train.parquet`` beside ``X-test.parquet`` are splits of one another."""
+    dataset, fingerprint = parquet_table(uri, path, split)
+    return from_table(uri, split, dataset, columns, fingerprint)
+
+
+def parquet_table(uri: str, path: Path, split: str) -> tuple[Any, str]:
+    """The rows of one split as a Hugging Face ``Dataset``, and their fingerprint."""
     files = parquet_splits(uri, path, split)
     import datasets
     import pyarrow as pa
@@ -33,7 +39,7 @@ def open_parquet(uri: str, path: Path, split: str, columns: Mapping[str, str]) -
         raise
     except Exception as error:  # whatever pyarrow says about a broken file
         raise UserError(f"{files[0] if len(files) == 1 else path}: cannot be read as parquet: {error}") from None
-    return from_table(uri, split, dataset, columns, files_fingerprint(files))
+    return dataset, files_fingerprint(files)
 
 
 def parquet_splits(uri: str, path: Path, split: str) -> list[Path]:
@@ -89,7 +95,7 @@ def from_table(uri: str, split: str, dataset: Any, columns: Mapping[str, str], f
     if len(dataset) == 0:
         raise UserError(f"{uri} holds no row (split {split})")
     features = dataset.features
-    image = _image_column(uri, features, columns.get("image"))
+    image = image_column(uri, features, columns.get("image"))
     label = _label_column(uri, features, columns.get("label"), image)
     mode = getattr(features[image], "mode", None)
     known = tuple(features)
@@ -105,17 +111,17 @@ def from_table(uri: str, split: str, dataset: Any, columns: Mapping[str, str], f
     return Source(uri=uri, split=split, dataset=keep, classes=classes, fingerprint=key, columns=known, mode=mode)
 
 
-def _image_column(uri: str, features: Mapping[str, Any], wanted: str | None) -> str:
+def image_column(uri: str, features: Mapping[str, Any], wanted: str | None) -> str:
     import datasets
 
     if wanted is not None:
         if wanted not in features:
             raise UserError(f"{uri} has no column {wanted!r}: {nearest(wanted, features)}")
-        if not _holds_files(features[wanted]):
+        if not holds_files(features[wanted]):
             raise UserError(f"column {wanted!r} of {uri} holds no images but {_kind(features[wanted])}")
         return wanted
     typed = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
-    files = [name for name, kind in features.items() if _holds_files(kind)]
+    files = [name for name, kind in features.items() if holds_files(kind)]
     for candidates in (typed, files):
         for name in _IMAGE_NAMES:
             if name in candidates and not _plain_text(features[name]):
@@ -131,7 +137,7 @@ def _image_column(uri: str, features: Mapping[str, Any], wanted: str | None) -> 
     raise UserError(f"{uri} has no image column among {shown}: {hint}")
 
 
-def _holds_files(kind: Any) -> bool:
+def holds_files(kind: Any) -> bool:
     import datasets
 
     if isinstance(kind, datasets.Image):
@@ -201,6 +207,12 @@ def _class_ids(dataset: Any, label: str) -> tuple[Any, tuple[str, ...] | None]:
 
 def open_hub(uri: str, name: str, split: str, columns: Mapping[str, str]) -> Source:
     """A data set of the Hugging Face hub. Raises ``UserError`` in one line where it, or the network, is not there."""
+    dataset = hub_table(uri, name, split)
+    return from_table(uri, split, dataset, columns, f"hub-{dataset._fingerprint}")
+
+
+def hub_table(uri: str, name: str, split: str) -> Any:
+    """One split of a data set of the hub, as a Hugging Face ``Dataset``."""
     import datasets
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
@@ -229,4 +241,4 @@ def open_hub(uri: str, name: str, split: str, columns: Mapping[str, str]) -> Sou
         raise
     except Exception as error:
         raise UserError(f"{uri}: cannot be loaded from the hub: {error}") from None
-    return from_table(uri, split, dataset, columns, f"hub-{dataset._fingerprint}")
+    return dataset

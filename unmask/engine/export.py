@@ -22,3 +22,5 @@ def export(model: Trainable, folder: Path) -> None:
             (folder / "compressed").mkdir(exist_ok=True)
             save_tensors(compressed.model.state_dict(), folder / "compressed" / "model.safetensors")
             write_json(folder / "compressed" / "report.json", compressed.report)
+            for name, content in compressed.files.items():
+                (folder / "compressed" / name).write_bytes(content)

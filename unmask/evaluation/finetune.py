@@ -28,7 +28,7 @@ from unmask.evaluation.features import autocast, evaluating, fitting_batch
 from unmask.evaluation.samples import Samples, transform_of
 from unmask.official.load import load_strict, read_checkpoint
 from unmask.systems.prediction.classifier.model import Classifier
-from unmask.systems.prediction.classifier.transfer import transfer
+from unmask.systems.prediction.transfer import transfer
 
 
 def finetune(

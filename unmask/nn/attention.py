@@ -90,6 +90,9 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each ``[B, heads, L, d]``."""
+        if context is None and self.q_bias is None:  # as a call, so that who watches or replaces the layer is asked
+            query, key, value = self._heads(self.qkv(x), 3)
+            return self.q_norm(query), self.k_norm(key), value
         weight: Tensor = self.qkv.weight
         bias: Tensor | None = self.qkv.bias
         if self.q_bias is not None and self.v_bias is not None:

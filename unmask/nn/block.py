@@ -12,12 +12,19 @@ from unmask.nn.patch import select
 
 
 class Mlp(nn.Module):
-    """Linear, GELU (erf), Linear."""
+    """Linear, GELU (exact, by erf, or its tanh approximation), Linear."""
 
-    def __init__(self, dim: int, hidden_dim: int, out_dim: int | None = None, bias: bool = True):
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        out_dim: int | None = None,
+        bias: bool = True,
+        gelu: Literal["none", "tanh"] = "none",
+    ):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim, bias=bias)
-        self.act = nn.GELU()
+        self.act = nn.GELU(approximate=gelu)
         self.fc2 = nn.Linear(hidden_dim, out_dim or dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:

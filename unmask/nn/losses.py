@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -42,3 +43,19 @@ def reconstruction_loss(
         target = standardise_patches(target)[0]
     each = elementwise(predicted, target, kind).mean(dim=-1)
     return each.mean() if weight is None else (each * weight).sum() / weight.sum()
+
+
+def next_token_loss(logits: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """The sum of the cross-entropies of all tokens that have one before them in the same text, and their number; float32.
+
+    logits: ``[B, T, V]``, position t for token t + 1. batch: ``tokens`` and ``attention_mask [B, T]``, ``segments`` where rows are
+    packed.
+    """
+    tokens, mask = batch["tokens"], batch["attention_mask"]
+    known = (mask[:, 1:] > 0) & (mask[:, :-1] > 0)
+    segments = batch.get("segments")
+    if segments is not None:
+        known = known & (segments[:, 1:] == segments[:, :-1])
+    target = tokens[:, 1:].masked_fill(~known, -100)
+    total = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target.flatten(), ignore_index=-100, reduction="sum")
+    return total, known.sum().clamp(min=1)

@@ -40,6 +40,29 @@ def sincos_table(
     return torch.cat(parts, dim=1).float()
 
 
+@functools.lru_cache(maxsize=64)
+def sine_map(dim: int, grid: tuple[int, int], temperature: float = 10000.0) -> Tensor:
+    """Fixed positions of a map, float32 ``[N, dim]``, row-major over ``grid``; rows in the first half of the channels.
+
+    A coordinate runs over ``2 pi (1 ... size) / size``; channels ``2k`` and ``2k + 1`` of an axis are its sine and cosine at
+    ``temperature^(-2k / (dim / 2))``. Carion et al., "End-to-End Object Detection with Transformers" (DETR), ECCV 2020.
+    Raises ``UserError`` when 4 does not divide ``dim``.
+    """
+    if dim % 4:
+        raise UserError(f"width {dim} does not fit positions of maps: it must be divisible by 4")
+    half = dim // 2
+    at = {"dtype": torch.float64, "device": "cpu"}  # cached: never on a device that a context chose
+    omega = temperature ** -(torch.arange(0, half, 2, **at) / half)  # type: ignore[call-overload]
+    parts = []
+    for size in grid:
+        place = torch.arange(1, size + 1, **at) / (size + 1e-6) * 2 * math.pi  # type: ignore[call-overload]
+        angle = place[:, None] * omega
+        parts.append(torch.stack((angle.sin(), angle.cos()), dim=2).flatten(1))
+    rows, columns = parts
+    both = (rows[:, None].expand(-1, grid[1], -1), columns[None].expand(grid[0], -1, -1))
+    return torch.cat(both, dim=2).flatten(0, 1).float()
+
+
 def resize_table(table: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
     """A learned table ``[..., N, D]`` over grid ``old`` interpolated to grid ``new`` (bicubic for two axes, else linear)."""
     if tuple(old) == tuple(new):

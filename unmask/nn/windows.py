@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unmask.nn.attention import attend
 from unmask.nn.positions import relative_index
 
 APART = -100.0  # official: added to the logits of pairs that the cyclic shift brought together
@@ -292,3 +293,57 @@ def _into_map(mixed: Tensor, windows: Windows, *, out: Tensor, heads: int) -> No
     batch = mixed.shape[0] // (windows.count * heads)
     _, back = rows(windows, batch, heads, 1)
     torch.index_select(mixed.view(-1, mixed.shape[-1]), 0, back, out=out)
+
+
+# --- overlapping windows ----------------------------------------------------------------------------------------
+
+
+def overlapping_attention(
+    qkv: Tensor,
+    bias: Tensor | None,
+    size: Sequence[int],
+    window: Sequence[int],
+    larger: Sequence[int],
+    *,
+    scale: float,
+) -> Tensor:
+    """Queries of plain windows look at larger windows with the same centres (Chen et al. 2023, HAT, section 3.2, OCAB).
+
+    qkv: ``[B, N, 3, heads, d]`` in map order (N = prod(size)) -> ``[B, N, heads * d]`` in map order. bias: ``[heads, K, M]``
+    for K slots of a window and M of a larger one. Beyond the map keys and values are zero, and those zeros take part in
+    the softmax. ``window`` divides ``size``, and ``larger - window`` is even, on every axis.
+    """
+    batch, heads, dim, axes = qkv.shape[0], qkv.shape[3], qkv.shape[4], len(size)
+    inner = [part for s, w in zip(size, window, strict=True) for part in (s // w, w)]
+    places, slots = range(1, 2 * axes + 1, 2), range(2, 2 * axes + 1, 2)
+    query = qkv[:, :, 0].reshape(batch, *inner, heads, dim)
+    query = query.permute(0, *places, 2 * axes + 1, *slots, 2 * axes + 2).reshape(-1, heads, math.prod(window), dim)
+    pad = [p for w, m in zip(reversed(window), reversed(larger), strict=True) for p in ((m - w) // 2,) * 2]
+    around = F.pad(qkv[:, :, 1:].reshape(batch, *size, -1), (0, 0, *pad))
+    for axis, (w, m) in enumerate(zip(window, larger, strict=True)):  # views: nothing is copied yet
+        around = around.unfold(1 + axis, m, w)
+    around = around.unflatten(1 + axes, (2, heads, dim))  # [B, *places, 2, heads, d, *slots]
+    around = around.permute(1 + axes, 0, *range(1, 1 + axes), 2 + axes, *range(4 + axes, 4 + 2 * axes), 3 + axes)
+    key, value = around.reshape(2, -1, heads, math.prod(larger), dim).unbind(0)
+    mixed = attend(query, key, value, bias=None if bias is None else bias[None], scale=scale)
+    mixed = mixed.view(batch, *(s // w for s, w in zip(size, window, strict=True)), heads, *window, dim)
+    back = [i for a in range(axes) for i in (1 + a, 2 + axes + a)]
+    return mixed.permute(0, *back, 1 + axes, 2 + 2 * axes).reshape(batch, math.prod(size), heads * dim)
+
+
+@functools.lru_cache(maxsize=64)
+def overlapping_index(window: tuple[int, ...], larger: tuple[int, ...], device: str = "cpu") -> Tensor:
+    """int64 ``[K, M]``: the row of a table ``[prod(w + m - 1), heads]`` for each query of a window and key of a larger one.
+
+    The mixed-radix number of ``key - query + w - m + 1`` to the base ``w + m - 1``, where both are counted from 0 in their
+    own windows. It starts below zero and is taken modulo the table's length, as the official code's negative indices are.
+    """
+    with torch.inference_mode(False):
+        queries, keys = (
+            torch.cartesian_prod(*(torch.arange(s) for s in sides)).reshape(-1, len(sides)) for sides in (window, larger)
+        )
+        delta = keys[None] - queries[:, None]
+        index = torch.zeros(delta.shape[:2], dtype=torch.int64)
+        for axis, (w, m) in enumerate(zip(window, larger, strict=True)):
+            index = index * (w + m - 1) + delta[..., axis] + w - m + 1
+        return index.remainder(math.prod(w + m - 1 for w, m in zip(window, larger, strict=True))).to(device)

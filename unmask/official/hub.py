@@ -24,6 +24,7 @@ from unmask.catalog import backbone_card, card, cards, load_entry
 from unmask.contracts import Encoder, Preprocessing, Trainable, configured
 from unmask.errors import UserError
 from unmask.official.load import State, load_strict, read_checkpoint
+from unmask.official.reshaped import Surgery, reshape
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # options of a backbone, and arguments of timm, that say where weights come from; a saved folder has its own
@@ -62,6 +63,8 @@ def save_encoder(
         "backbone": {"name": encoder.name, "options": _plain(_without_sources(getattr(encoder, "options", {})))},
         "preprocessing": encoder.preprocessing.plain() if encoder.preprocessing else None,
     }
+    if surgery := getattr(encoder, "surgery", None):
+        described["surgery"] = surgery.plain()
     return write_folder(Path(folder), described, encoder.state_dict() if state is None else state)
 
 
@@ -176,6 +179,11 @@ def load_trainable(folder_or_id: str | Path, expected: type[Trainable] | None = 
             f"{folder} holds a {cls.slug or cls.__name__}, not a {expected.slug or expected.__name__}: use unmask.load"
         )
     model = cls.build(configured(cls, own_config(described.get("config") or {})))
+    if described.get("surgery"):  # what a compressor cut
+        surgery = Surgery.of(described["surgery"])
+        reshape(model, surgery)
+        if model.encoder is not None:
+            model.encoder.surgery = surgery.under("encoder")
     load_strict(model, read_checkpoint(folder / WEIGHTS), where=folder / WEIGHTS)
     if model.encoder is not None and described.get("preprocessing"):
         model.encoder.preprocessing = Preprocessing.of(described["preprocessing"])
@@ -215,6 +223,8 @@ def load_encoder(folder_or_id: str | Path) -> Encoder:
     options = _without_sources(options)
     encoder = load_entry(backbone_card(name).build)(name, **options)
     encoder.name, encoder.options = name, options
+    if described.get("surgery"):
+        reshape(encoder, Surgery.of(described["surgery"]))
     load_strict(encoder, read_checkpoint(folder / WEIGHTS), where=folder / WEIGHTS)
     if described.get("preprocessing"):
         encoder.preprocessing = Preprocessing.of(described["preprocessing"])

@@ -40,6 +40,8 @@ WRAPPERS = (
     "teacher",
     "student",
     "network",
+    "params_ema",  # BasicSR's files
+    "params",
 )
 PREFIXES = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
 

@@ -88,7 +88,12 @@ class TextBatches(Mapped):
             count=count,
             classes=self.classes,
             columns=self.text.columns,
-            extra={**self.tokenizer.facts(), "length": settings.length, "tokens": len(self.data.ids)},
+            extra={
+                **self.tokenizer.facts(),
+                "length": settings.length,
+                "tokens": len(self.data.ids),
+                "settings": settings.plain(),
+            },
         )
 
     @property

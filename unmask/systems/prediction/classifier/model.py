@@ -29,9 +29,9 @@ from unmask.data.showing import displayable, uint8_images
 from unmask.draw import Draw
 from unmask.errors import UserError
 from unmask.official.hub import load_encoder
-from unmask.systems.prediction.classifier.transfer import transfer
 from unmask.systems.prediction.inputs import fit_channels, preprocessing_of, read_image, standardised
 from unmask.systems.prediction.results import Scores, bars
+from unmask.systems.prediction.transfer import backbone_of, transfer
 
 SOFT = ("drop_path", "position", "relative")  # a backbone's options that fine-tuning may choose anew
 
@@ -100,12 +100,7 @@ class Classifier(Trainable):
             values["classes"] = facts.classes
         backbone = config.backbone.model_dump(exclude_none=True)
         if config.init:
-            source = load_encoder(config.init)
-            own = _config_of(source)
-            wished = {k: v for k, v in backbone.items() if k in SOFT and hasattr(own, k)}
-            kept = {k: v for k, v in source.options.items() if k not in ("image_size", "final_norm")}
-            size = {"image_size": backbone["image_size"]} if "image_size" in backbone else {}
-            backbone = {"name": source.name, **kept, **wished, **size}
+            backbone = backbone_of(config.init, backbone, free=SOFT, drop=("final_norm",))
         backbone.setdefault("in_channels", facts.channels)
         backbone.setdefault("image_size", facts.image_size)
         values["backbone"] = {k: v for k, v in backbone.items() if v is not None}

@@ -7,8 +7,9 @@ grid is resized; everything else must fit exactly.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,19 @@ def transfer(encoder: Encoder, source: Encoder, *, where: str | Path = "the enco
 def transfer_from(encoder: Encoder, folder: str | Path) -> None:
     """:func:`transfer` from a run, an encoder's folder or an export."""
     transfer(encoder, load_encoder(folder), where=folder)
+
+
+def backbone_of(
+    folder: str | Path, wished: Mapping[str, Any], *, free: Sequence[str] = (), drop: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The backbone that a run (or an encoder's folder) holds, as plain options: its name and options without the size. wished:
+    what the user asked of a backbone; of it ``free`` options and the image size are taken. drop: options left out."""
+    source = load_encoder(folder)
+    own = getattr(source, "config", None)
+    chosen = {k: v for k, v in wished.items() if k in free and hasattr(own, k)}
+    kept = {k: v for k, v in source.options.items() if k not in ("image_size", *drop)}
+    size = {"image_size": wished["image_size"]} if wished.get("image_size") is not None else {}
+    return {"name": source.name, **kept, **chosen, **size}
 
 
 def _shared_into_blocks(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:

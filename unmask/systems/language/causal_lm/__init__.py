@@ -1,0 +1,1 @@
+"""A small causal language model: the dense network that compressors of language models are tried on."""
