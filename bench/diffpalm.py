@@ -121,7 +121,8 @@ def main() -> None:
     losses = their_loop(theirs, left, right, sizes, settings, recorder.recorded)
     other = (time.perf_counter() - started) / (asked.steps + 0.5)
     assert np.allclose(losses, record.losses, atol=2e-3), (losses, record.losses)
-    where = f"dim {asked.dim}, {asked.layers} layers, {sum(sizes)} x {2 * asked.columns + 1} tokens, {torch.get_num_threads()} threads"
+    where = f"dim {asked.dim}, {asked.layers} layers, {sum(sizes)} x {2 * asked.columns + 1} tokens"
+    where += f", {torch.get_num_threads()} threads"
     print(
         f"{where}\n  step   ours {mine * 1e3:8.1f} ms   authors' formulation {other * 1e3:8.1f} ms   {other / mine:.2f}x"
     )

@@ -66,7 +66,13 @@ def trained(model: nn.Module, low: Tensor) -> Tensor:
     return out.detach()
 
 
-def measure(what: str, run: Callable[[nn.Module, Tensor], Tensor], pair: tuple[nn.Module, nn.Module], low: Tensor, seconds: float) -> dict[str, float]:
+def measure(
+    what: str,
+    run: Callable[[nn.Module, Tensor], Tensor],
+    pair: tuple[nn.Module, nn.Module],
+    low: Tensor,
+    seconds: float,
+) -> dict[str, float]:
     """Medians of both sides. Raises ``AssertionError`` where outputs or gradients differ."""
     ours, theirs = pair
     for model in pair:

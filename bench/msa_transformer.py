@@ -2,10 +2,10 @@
 
     python bench/msa_transformer.py [--dim 128] [--layers 2] [--rows 256] [--columns 64] [--rounds 5] [--threads N] [--json FILE]
 
-256 rows, as the paper takes for contacts. Forward: logits of the whole table, no gradients; the second line has more tokens than fair-esm takes at once (its option
-max_tokens_per_msa), so that it works in chunks of rows, and ours as well. Step: cross-entropy of 15 % hidden letters with its
-gradients; ours computes the head at hidden places alone. Outputs, losses and a gradient are asserted equal; both sides take
-turns; ratios are of medians (above 1: ours is faster).
+256 rows, as the paper takes for contacts. Forward: logits of the whole table, no gradients; the second line has more tokens
+than fair-esm takes at once (its option max_tokens_per_msa), so that both work in pieces. Step: cross-entropy of 15 % hidden
+letters with its gradients; ours computes the head at hidden places alone. Outputs, losses and a gradient are asserted equal;
+both sides take turns; ratios are of medians (above 1: ours is faster).
 """
 
 from __future__ import annotations
@@ -63,6 +63,10 @@ def taking_turns(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, 
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def forwards(ours: Any, theirs: Any, tokens: Tensor) -> dict[str, Callable[[], Tensor]]:
+    return {"ours": lambda: ours.letters(ours(tokens).last), "fair-esm": lambda: theirs(tokens)["logits"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (("dim", 128), ("layers", 2), ("rows", 256), ("columns", 64), ("rounds", 5)):
@@ -79,12 +83,10 @@ def main() -> None:
         ours = network_of(
             theirs.state_dict(), {"attention_heads": asked.dim // 64 or 1, "max_tokens_per_msa": most}
         ).eval()
+        sides = forwards(ours, theirs, tokens)
         with torch.no_grad():
-            assert torch.allclose(ours.letters(ours(tokens).last), theirs(tokens)["logits"], atol=1e-3)
-            found = taking_turns(
-                {"ours": lambda: ours.letters(ours(tokens).last), "fair-esm": lambda: theirs(tokens)["logits"]},
-                asked.rounds,
-            )
+            assert torch.allclose(*(run() for run in sides.values()), atol=1e-3)
+            found = taking_turns(sides, asked.rounds)
         results[name] = {**found, "ratio": found["fair-esm"] / found["ours"]}
     theirs = peer(asked.dim, asked.layers, 2**14)
     ours = network_of(theirs.state_dict(), {"attention_heads": asked.dim // 64 or 1}).eval()

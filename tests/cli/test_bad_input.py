@@ -235,8 +235,8 @@ OTHERS = {
         ["resnet19", "resnet18"],
     ),
     "eval of a library we do not read": (
-        ["eval", "torchvision/resnet18", "--data", "x"],
-        ["torchvision/resnet18", "timm/NAME"],
+        ["eval", "torchvision/resnet81", "--data", "x"],
+        ["torchvision", "resnet18"],
     ),
     "predict without a file": (["predict", "vit_nano_patch4", "absent.png"], ["absent.png"]),
     "predict with a backbone": (["predict", "vit_nano_patch4", "here.png"], ["vit_nano_patch4", "run"]),
@@ -256,8 +256,8 @@ OTHERS = {
     "generate no image": (["generate", "runs/x", "-n", "0"], ["n=0", "at least 1"]),
     "generate in no step": (["generate", "runs/x", "--steps", "0"], ["steps=0", "at least 1"]),
     "generate without a size": (["generate", "runs/x", "--size", "wide"], ["wide", "32x48"]),
-    "compress": (["compress", "runs/x"], ["no installed system", "compress"]),
-    "explain": (["explain", "runs/x", "here.png"], ["no installed system", "explain"]),
+    "compress": (["compress", "runs/x", "--data", "."], ["no model runs/x"]),
+    "explain": (["explain", "runs/x", "here.png"], ["no model runs/x"]),
     "train without a system": (["train"], ["SYSTEM"]),
 }
 

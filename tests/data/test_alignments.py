@@ -51,7 +51,7 @@ def test_any_letters_of_the_alphabet_survive(rows: list[str]) -> None:
 def test_stockholm_blocks_are_put_together(tmp_path: Path) -> None:
     path = tmp_path / "family.sto"
     path.write_text("# STOCKHOLM 1.0\n#=GF ID x\none  MK.a\ntwo  MKQ-\n\none  EE\ntwo  ED\n//\n")
-    with pytest.raises(UserError, match="row 2 .* has 6 letters where row 1 has 4"):
+    with pytest.raises(UserError, match=r"row 2 .* has 6 letters where row 1 has 4"):
         read_alignment(path)
     path.write_text("# STOCKHOLM 1.0\none  MK.a\ntwo  MK..\n\none  EE\ntwo  ED\n//\n")
     assert read_alignment(path).texts() == ["MKEE", "MKED"]

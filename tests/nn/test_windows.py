@@ -136,3 +136,41 @@ def test_windows_made_under_inference_mode_serve_training():
     qkv = torch.randn(1, 81, 3, 1, 2, requires_grad=True)
     window_attention(qkv, None, windows, scale=1.0).sum().backward()
     assert qkv.grad is not None
+
+
+# --- overlapping windows ---
+
+
+def test_overlapping_attention_is_what_a_loop_over_windows_gives():
+    from unmask.nn.windows import overlapping_attention, overlapping_index
+
+    torch.manual_seed(0)
+    size, window, larger, heads, dim = (4, 6), (2, 3), (4, 5), 2, 3
+    qkv = torch.randn(2, 24, 3, heads, dim, requires_grad=True)
+    bias = torch.randn(heads, 6, 20, requires_grad=True)
+    out = overlapping_attention(qkv, bias, size, window, larger, scale=0.7)
+    maps = qkv.view(2, *size, 3, heads, dim)
+    padded = torch.nn.functional.pad(maps, (0, 0, 0, 0, 0, 0, 1, 1, 1, 1))
+    wanted = torch.empty(2, *size, heads * dim)
+    for top in range(0, 4, 2):
+        for left in range(0, 6, 3):
+            q = maps[:, top : top + 2, left : left + 3, 0].reshape(2, 6, heads, dim).transpose(1, 2)
+            around = padded[:, top : top + 4, left : left + 5].reshape(2, 20, 3, heads, dim)
+            k, v = around[:, :, 1].transpose(1, 2), around[:, :, 2].transpose(1, 2)
+            mixed = (q @ k.transpose(-1, -2) * 0.7 + bias).softmax(-1) @ v
+            wanted[:, top : top + 2, left : left + 3] = mixed.transpose(1, 2).reshape(2, 2, 3, -1)
+    assert torch.allclose(out, wanted.view(2, 24, -1), atol=1e-5)
+    ours, theirs = (torch.autograd.grad(t.square().sum(), (qkv, bias), retain_graph=True) for t in (out, wanted))
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(ours, theirs, strict=True))
+    index = overlapping_index(window, larger)
+    assert (index.min(), index.max()) == (0, 5 * 7 - 1)
+
+
+def test_overlapping_windows_of_one_axis_and_of_three_work_alike():
+    from unmask.nn.windows import overlapping_attention
+
+    torch.manual_seed(0)
+    line = torch.randn(1, 8, 3, 2, 4)
+    one = overlapping_attention(line, None, (8,), (4,), (6,), scale=0.5)
+    three = overlapping_attention(line, None, (1, 8, 1), (1, 4, 1), (1, 6, 1), scale=0.5)
+    assert torch.allclose(one, three, atol=1e-6)

@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 
 from unmask.data.bicubic import resize_bicubic
+from unmask.data.restoration import RestorationSettings
 from unmask.draw import Seeded
 from unmask.errors import UserError
 from unmask.systems.prediction.hat.attribution import Influence, area_of_influence
@@ -272,7 +273,7 @@ def test_a_perceptual_loss_reads_a_file_of_vgg_and_is_no_part_of_the_system(tmp_
     torch.save({n: 0.02 * torch.randn(s) for n, s in shapes.items()}, tmp_path / "vgg.pth")
     loss = PerceptualLoss(str(tmp_path / "vgg.pth"))
     x = picture(32, 32).requires_grad_()
-    assert float(loss(x, x.detach())) == 0
+    assert loss(x, x.detach()).item() == 0
     value = loss(x, picture(32, 32, count=2)[:1] * 0.5)
     value.backward()
     assert value > 0
@@ -366,3 +367,84 @@ def test_inputs_that_do_not_fit_are_told_in_one_line():
     }.items():
         with pytest.raises(UserError, match=words):
             act()
+
+
+# --- from the command line's functions ---
+
+
+def test_a_run_trains_measures_and_is_opened_again(tmp_path, monkeypatch):
+    import unmask
+
+    monkeypatch.setenv("UNMASK_CACHE", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(4):
+        saved(photos / f"{i}.png", rng.integers(0, 256, (40, 48, 3), dtype=np.uint8))
+    run = unmask.train(
+        "hat",
+        photos,
+        recipe="tiny",
+        out=tmp_path / "run",
+        steps=2,
+        batch_size=2,
+        device="cpu",
+        talk=lambda _: None,
+        overrides={"embed_dim": 12, "depths": [1], "num_heads": 2, "squeeze_factor": 4, "data.eval_crop": 32},
+    )
+    result = unmask.load(run, whole=True)
+    numbers = result.measure(RestorationSettings(uri=str(photos)), Seeded(0), limit=2, folder=tmp_path / "shown")
+    assert numbers["samples"] == 2
+    assert set(numbers["baseline"]["bicubic"]) == {"psnr_y", "ssim_y", "psnr", "ssim"}
+    assert abs(numbers["psnr_y"] - numbers["baseline"]["bicubic"]["psnr_y"]) < 1  # it starts as bicubic
+    assert len(list((tmp_path / "shown").glob("*.png"))) == 2
+
+
+@pytest.mark.slow
+def test_both_stages_of_real_world_training_run(tmp_path, monkeypatch):
+    import unmask
+
+    monkeypatch.setenv("UNMASK_CACHE", str(tmp_path / "cache"))
+    recipe = tmp_path / "real.yaml"
+    recipe.write_text(
+        """
+system: hat
+stages:
+  - name: pixels
+    data: &data {uri: "sample:photos", image_size: 32, degradation: real, limit: 8, eval_crop: 32}
+    model: &model {scale: 4, embed_dim: 12, depths: [1], num_heads: 2, window_size: 4, squeeze_factor: 4, reconstruction_dim: 8}
+    train: &train {steps: 2, batch_size: 2, device: cpu}
+  - name: adversarial
+    from: {init: pixels}
+    data: *data
+    model: {<<: *model, adversarial: {num_feat: 4, perceptual_weight: 0}}
+    train: *train
+"""
+    )
+    run = unmask.train(recipe, out=tmp_path / "run", talk=lambda _: None)
+    result = unmask.load(run, whole=True)
+    assert result.phases == ("generator", "discriminator")
+    assert result.config.init is None
+
+
+@pytest.mark.slow
+def test_bicubic_of_set5_has_its_usual_quality():
+    import zipfile
+    from pathlib import Path
+
+    archive = Path(__file__).resolve().parents[3] / "shared" / "data" / "sr_set5_set14_hr.zip"
+    if not archive.is_file():
+        pytest.skip("no ../shared/data/sr_set5_set14_hr.zip")
+    import io
+
+    from unmask.data.restoration import evaluation_pair
+    from unmask.systems.prediction.metrics import psnr
+
+    values = []
+    with zipfile.ZipFile(archive) as held:
+        for name in sorted(n for n in held.namelist() if "Set5/" in n and not n.endswith("/")):
+            pixels = np.asarray(Image.open(io.BytesIO(held.read(name))).convert("RGB"))
+            high, low = evaluation_pair(pixels, RestorationSettings(), 4, 3, Seeded(0))
+            values.append(float(psnr(resize_bicubic(low, 4).clamp(0, 1), high, border=4)))
+    assert len(values) == 5
+    assert 27.5 < np.mean(values) < 30.5  # published: 28.42 dB, on files without compression

@@ -75,6 +75,10 @@ def _folder(path: Path, whole: bool) -> Encoder | Trainable:
         raise UserError(f"{path} is a file: an official checkpoint comes in with unmask import SYSTEM {path} -o DIR")
     if is_run(path):
         path = model_folder(path)
+    if (path / "unmask.json").is_file():  # somebody's whole model, as `unmask compress` wrote it
+        from unmask.models import open_model
+
+        return open_model(path).module  # type: ignore[return-value]
     foreign = _foreign(path)
     if foreign.get("format") == "onnx":
         raise UserError(
@@ -153,7 +157,7 @@ def _prefixes() -> list[str]:
 def _backbone(name: str, options: dict[str, Any]) -> Encoder:
     from unmask.backbones import build
 
-    if name.startswith("timm/"):
+    if name.startswith(("timm/", "torchvision/")):
         given = "pretrained" in options
         options = {"pretrained": not options.get("weights"), **options}
         if options["pretrained"]:

@@ -111,13 +111,22 @@ def _own(
         raise UserError(f"{model} has no metric of its own: measure its encoder: --probe ridge")
     limit, split = options.pop("limit", None), options.pop("split", None)
     settings = dict(data_of(run)) if run is not None else {}
+    learned = settings.get("uri")
     if data is not None:
         settings = {**{k: v for k, v in settings.items() if k not in ("split", "limit")}, "uri": str(data)}
     elif run is None:
         raise UserError(f"which data? unmask eval {model} --data URI")
     folder = Path(out) if out is not None else run / "evaluation" if run is not None else None
     scores = own(
-        whole, {**settings, **options}, split=split, seed=seed, limit=limit, device=device, out=folder, tell=talk
+        whole,
+        {**settings, **options},
+        split=split,
+        seed=seed,
+        limit=limit,
+        device=device,
+        out=folder,
+        learned_from=learned,
+        tell=talk,
     )
     if run is not None and out is None:
         rewrite_report(run)

@@ -27,7 +27,7 @@ def perform(job: Job, talk: Talk) -> dict[str, float]:
     """The job's numbers, by metric. Raises ``UserError`` for whatever does not fit."""
     missing = [name for name in job.metrics if not job.measure_file(name).is_file()]
     if missing or not job.metrics:
-        model = untrained(job) if job.untrained else trained(job, talk)
+        model = compressed(job) if job.compress else untrained(job) if job.untrained else trained(job, talk)
         for name in missing:
             started = time.monotonic()
             wanted = job.metrics[name]
@@ -67,6 +67,26 @@ def trained(job: Job, talk: Talk) -> Trainable:
     model = load(job.run, whole=True)
     assert isinstance(model, Trainable)
     return model
+
+
+def compressed(job: Job) -> Trainable:
+    """What a compressor makes of the run that this seed's arms share, calibrated on the job's own data."""
+    from unmask.api.compressing import compress
+
+    options = dict(job.compress)
+    method, budget = options.pop("method"), options.pop("budget")
+    report = compress(
+        job.before,
+        method=method,
+        budget=budget,
+        data=job.recipe["data"]["uri"],
+        overrides=options,
+        baselines=False,
+        limit=64,
+        seed=job.seed,
+        talk=lambda _: None,
+    )
+    return report["model"].module
 
 
 def has_checkpoint(run: Path) -> bool:

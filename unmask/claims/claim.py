@@ -20,7 +20,8 @@
         metrics:
           ridge: {probe: ridge, data: cifar10, key: top1}
 
-A tier with ``before: {system, data, model, train}`` trains that once a seed first; ``{before}`` in an arm is its run.
+A tier with ``before: {system, data, model, train}`` trains that once a seed first; ``{before}`` in an arm is its run. An arm
+``{compress: {method: optin, budget: macs=0.5}}`` trains nothing: it cuts that run's model and is measured like the others.
 ``method`` must beat every one of ``baselines`` on ``metric``, or with ``margin: 2`` be less than 2 worse; other arms and
 metrics are measured and reported only.
 """
@@ -52,6 +53,9 @@ class Arm(Config):
     data: dict[str, Any] = {}
     train: dict[str, Any] = {}
     untrained: bool = Field(False, description="measure the network as it was initialised")
+    compress: dict[str, Any] = Field(
+        {}, description="nothing is trained: {method, budget, options of the method} on what `before` trained"
+    )
 
 
 class Metric(Config):

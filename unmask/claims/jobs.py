@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class Job:
     steps: int
     recipe: dict[str, Any]
     metrics: dict[str, dict[str, Any]]
+    compress: dict[str, Any] = field(default_factory=dict)
+    before: str = ""  # the run that this arm starts from
 
     @property
     def run(self) -> Path:
@@ -100,7 +102,9 @@ class Job:
         """Put recipe and job into the folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.recipe_file.write_text(yaml.safe_dump(self.recipe, sort_keys=False), encoding="utf-8")
-        told = {k: getattr(self, k) for k in ("slug", "arm", "seed", "untrained", "steps", "metrics")}
+        told = {
+            k: getattr(self, k) for k in ("slug", "arm", "seed", "untrained", "steps", "metrics", "compress", "before")
+        }
         (self.folder / "job.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
 
 
@@ -153,10 +157,12 @@ def jobs_of(
                 parts = _with_run(parts, str(before[seed].run))
             recipe = {"system": tier.system or slug, "about": f"{slug}, {arm}, seed {seed}", **parts}
             metrics = {name: measured(metric, found, seed) for name, metric in tier.metrics.items()}
-            digest = short(json.dumps([__version__, recipe, own.untrained], sort_keys=True, default=str))
+            told: list[Any] = [__version__, recipe, own.untrained, *([own.compress] if own.compress else [])]
+            digest = short(json.dumps(told, sort_keys=True, default=str))
             folder = work / f"{slug}-{plain_name(arm)}-seed{seed}-{digest}"
-            steps = 0 if own.untrained else tier.budget.steps
-            jobs.append(Job(folder, slug, arm, seed, own.untrained, steps, recipe, metrics))
+            steps = 0 if own.untrained or own.compress else tier.budget.steps
+            run = str(before[seed].run) if before else ""
+            jobs.append(Job(folder, slug, arm, seed, own.untrained, steps, recipe, metrics, own.compress, run))
     return jobs
 
 

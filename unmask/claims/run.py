@@ -80,7 +80,7 @@ def checked(jobs: list[Job]) -> None:
     from unmask.api.plan import plan
 
     for job in jobs:
-        if job.values() is None:
+        if job.values() is None and not job.compress:
             job.write()
             for stage in plan(job.recipe_file).stages:
                 if not stage.reads:  # what reads an earlier stage can be built when that is done

@@ -151,7 +151,9 @@ def blur_kernels(draw: Draw, stage: Stage, count: int) -> Tensor:
     iso = kind % 2 == 0
     sigma_y = torch.where(iso, sigma_x, sigma_y)
     angle = torch.where(iso, 0.0, _between(u[:, 4], -math.pi, math.pi))
-    shape = torch.where(kind >= 4, _shape(u[:, 5], u[:, 6], *stage.plateau), _shape(u[:, 5], u[:, 6], *stage.generalised))
+    shape = torch.where(
+        kind >= 4, _shape(u[:, 5], u[:, 6], *stage.plateau), _shape(u[:, 5], u[:, 6], *stage.generalised)
+    )
     kernel = gaussian_kernels(side, sigma_x, sigma_y, angle, torch.where(kind < 2, 1.0, shape), kind >= 4)
     lowest = torch.where(side < 13, math.pi / 3, math.pi / 5)
     sinc = sinc_kernels(side, lowest + (math.pi - lowest) * u[:, 7])
@@ -213,7 +215,11 @@ def filtered(images: Tensor, kernels: Tensor) -> Tensor:
     half = kernels.shape[-1] // 2
     mode = "reflect" if min(images.shape[2:]) > half else "replicate"
     padded = F.pad(images, (half,) * 4, mode=mode).transpose(0, 1)  # [C, B, ...]: one group a sample
-    return F.conv2d(padded, kernels[:, None].to(images), groups=count).transpose(0, 1).reshape(count, channels, *images.shape[2:])
+    return (
+        F.conv2d(padded, kernels[:, None].to(images), groups=count)
+        .transpose(0, 1)
+        .reshape(count, channels, *images.shape[2:])
+    )
 
 
 # --- noise ------------------------------------------------------------------------------------------------------------

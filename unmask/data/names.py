@@ -35,7 +35,6 @@ KNOWN: dict[str, Known] = {
     "food101": Known("ethz/food101"),
     "oxford_pets": Known("timm/oxford-iiit-pet"),
     "eurosat": Known("timm/eurosat-rgb"),
-    "grocery96": Known(),
 }
 
 

@@ -1,7 +1,7 @@
 """Pairs for restoration: crops of pictures in their own pixels, and what a degradation left of them, made on the device.
 
-    batches = RestorationBatches(source, settings, batch_size=16, seed=0, scale=2, size=(128, 128))
-    batch = batches.transform(next(batches.iterate()), draw)      # image [B, C, 128, 128], low [B, C, 64, 64], in 0 ... 1
+batches = RestorationBatches(source, settings, batch_size=16, seed=0, scale=2, size=(128, 128))
+batch = batches.transform(next(batches.iterate()), draw)      # image [B, C, 128, 128], low [B, C, 64, 64], in 0 ... 1
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class RestorationSettings(Config):
         "flip_transpose", description="mirrored left to right, top to bottom, and transposed, each half of the time"
     )
     degradation: Kind | None = Field(
-        None, description="bicubic, noise, jpeg, or real (blur, noise, JPEG, twice); open: bicubic, or noise at one size"
+        None,
+        description="bicubic, noise, jpeg, or real (blur, noise, JPEG, twice); open: bicubic, or noise at one size",
     )
     sigma: float | tuple[float, float] = Field(25.0, description="noise on 0 ... 255 (15, 25, 50), or a range")
     quality: int | tuple[int, int] = Field(40, description="JPEG quality (10, 20, 30, 40), or a range")
@@ -111,7 +112,9 @@ class RestorationBatches(Mapped):
         channels: int | None = None,
     ):
         if source.streaming:
-            raise UserError(f"{source.uri} is a stream: restoration crops pictures at hand; name a folder or a parquet file")
+            raise UserError(
+                f"{source.uri} is a stream: restoration crops pictures at hand; name a folder or a parquet file"
+            )
         source.cached, source.workers = settings.cache, settings.workers or source.workers
         self.source, self.settings, self.scale, self.size = source, settings, scale, size
         self.images: Images = source.images(None)  # in their own pixels, however large
@@ -249,4 +252,3 @@ def evaluation_pair(
         whole = (high[0].permute(1, 2, 0) * 255).round().clamp(0, 255).to(torch.uint8).numpy()
         return high, torch.from_numpy(jpeg_file(whole, quality).astype(np.float32) / 255).permute(2, 0, 1)[None]
     return high, degraded(high, draw, settings, kind, scale)[0]
-

@@ -16,7 +16,7 @@ def learning_rate(settings: TrainSettings, step: int, steps: int, steps_per_epoc
     """The rate of optimiser step ``step`` (from 0) of ``steps``.
 
     Linear from ``warmup_lr`` to the peak over the warm-up W, then: ``min + (peak - min) (1 + cos(pi (e - W) / (E - W))) / 2``
-    (cosine; He et al. 2022), the peak (constant), or the peak times ``gamma`` for each milestone passed (multistep).
+    (cosine; He et al. 2022), a straight line to the minimum (linear; Devlin et al. 2019), the peak (constant), or the peak times ``gamma`` for each milestone passed (multistep).
     """
     peak, warmup = settings.peak_lr, warmup_length(settings, steps_per_epoch)
     if step < warmup:
@@ -27,6 +27,8 @@ def learning_rate(settings: TrainSettings, step: int, steps: int, steps_per_epoc
         passed = bisect.bisect_right(milestone_steps(settings, steps, steps_per_epoch), step)
         return peak * settings.gamma**passed
     share = (step - warmup) / (steps - warmup) if steps > warmup else 1.0
+    if settings.schedule == "linear":
+        return settings.min_lr + (peak - settings.min_lr) * (1 - min(share, 1.0))
     return settings.min_lr + (peak - settings.min_lr) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
 
 

@@ -34,7 +34,7 @@ class TrainSettings(Config):
         None, ge=0, description="weight decay at the end, reached along a half cosine"
     )
 
-    schedule: Literal["cosine", "constant", "multistep"] = Field(
+    schedule: Literal["cosine", "linear", "constant", "multistep"] = Field(
         "cosine", description="learning rate after the warm-up"
     )
     milestones: list[float] = Field(
@@ -47,7 +47,7 @@ class TrainSettings(Config):
         None, ge=0, description="length of the linear warm-up in steps; wins over warmup_epochs"
     )
     warmup_lr: float = Field(0.0, ge=0, description="learning rate at the first step of the warm-up")
-    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine")
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine or line")
     layer_decay: float = Field(
         1.0, gt=0, le=1, description="factor on the learning rate from each layer to the one below"
     )

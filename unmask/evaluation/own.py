@@ -30,14 +30,15 @@ def own(
     limit: int | None = None,
     device: str | None = None,
     out: str | Path | None = None,
+    learned_from: str | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """What ``model.measure`` finds on the test split, in the format of :func:`.measure.evaluate` with ``measures`` (key -> words)
     and ``lower_is_better`` besides.
 
     data: the plain data settings of its training, or others of the same kind. split: default "test", and where the data has none
-    the split it was trained on, which the result says. out: a folder to write ``own.json`` and pictures to.
-    Raises ``UserError`` for a system without metrics of its own, and for data that do not fit.
+    the split it was trained on; the result says so where they are ``learned_from``, the data of its training. out: a folder to
+    write ``own.json`` and pictures to. Raises ``UserError`` for a system without metrics of its own, and for data that do not fit.
     """
     if not model.measures:
         raise UserError(f"{model.slug} has no metric of its own: measure its encoder: --probe ridge")
@@ -50,6 +51,7 @@ def own(
     home = next((p.device for p in model.parameters()), None)
     place = chosen_device(device or "auto")
     how = split or "test"
+    same = learned_from is not None and str(settings.uri) == learned_from
 
     def measured(on: str) -> dict[str, Any]:
         where = settings.model_copy(update={"split": on})
@@ -83,7 +85,7 @@ def own(
         "parameters": sum(p.numel() for p in model.parameters()),
         **numbers,
         "baseline": dict(numbers.get("baseline") or {}),
-        "split": f"{how} split" if how != settings.split or split else f"{how} split, which it learned from",
+        "split": f"{how} split" + (", which it learned from" if same and how == settings.split else ""),
         "seed": seed,
         "seconds": round(time.monotonic() - started, 2),
     }

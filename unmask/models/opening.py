@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from unmask.contracts import Preprocessing, Trainable
-from unmask.errors import MissingExtra, UserError, nearest
+from unmask.errors import UserError, nearest
+from unmask.models.transformers_models import open_transformers, read_json, read_transformers, wrap_transformers
 from unmask.models.user import Kind, UserModel
 from unmask.official import hub
 from unmask.official.load import load_strict, read_checkpoint
@@ -45,7 +45,9 @@ def open_model(
     if isinstance(model, nn.Module):
         return _of_module(model, classes, preprocessing, kind)
     if not isinstance(model, (str, Path)):
-        raise UserError(f"cannot open a {type(model).__name__}: give a run, timm/NAME, torchvision/NAME, a folder or a module")
+        raise UserError(
+            f"cannot open a {type(model).__name__}: give a run, timm/NAME, torchvision/NAME, a folder or a module"
+        )
     name = str(model)
     path = Path(name)
     if path.is_file():
@@ -69,11 +71,9 @@ def open_model(
 # --- modules and ours ---------------------------------------------------------------------------------------------
 
 
-def _of_module(
-    module: nn.Module, classes: Any, preprocessing: Preprocessing | None, kind: Kind | None
-) -> UserModel:
+def _of_module(module: nn.Module, classes: Any, preprocessing: Preprocessing | None, kind: Kind | None) -> UserModel:
     if hasattr(module, "config") and hasattr(module.config, "model_type"):
-        return _of_transformers_module(module, type(module).__name__, None)
+        return wrap_transformers(module, type(module).__name__, None)
     return UserModel(
         module.eval(), kind or "image classifier", "module", type(module).__name__, _names(classes), preprocessing
     )
@@ -81,7 +81,12 @@ def _of_module(
 
 def _of_ours(system: Trainable, name: str) -> UserModel:
     if getattr(system, "kind", None) == "causal lm":
-        return UserModel(system.eval(), "causal lm", "unmask", name, None, None, system.side_files.get("tokenizer.json"))
+        return UserModel(
+            system.eval(), "causal lm", "unmask", name, None, None, system.side_files.get("tokenizer.json")
+        )
+    if getattr(system, "kind", None) == "text classifier":
+        classes, tokenizer = getattr(system, "classes", None), system.side_files.get("tokenizer.json")
+        return UserModel(system.eval(), "text classifier", "unmask", name, tuple(classes or ()), None, tokenizer)
     if not hasattr(system, "logits") or not getattr(system, "classes", None):
         raise UserError(f"{name} is no classifier: train one on top of it: unmask train classifier init={name}")
     known = system.encoder.preprocessing if system.encoder is not None else None
@@ -90,14 +95,14 @@ def _of_ours(system: Trainable, name: str) -> UserModel:
         known = Preprocessing(image_size=tuple(e.image_size), channels=e.in_channels)
         if e.in_channels != 3:
             known = Preprocessing((0.5,) * e.in_channels, (0.5,) * e.in_channels, tuple(e.image_size), e.in_channels)
-    return UserModel(system.eval(), "image classifier", "unmask", name, tuple(system.classes), known)
+    return UserModel(system.eval(), "image classifier", "unmask", name, tuple(system.classes), known)  # type: ignore[arg-type]
 
 
 def _of_folder(folder: Path) -> UserModel:
     if (folder / DESCRIPTION).is_file():
         return _reopened(folder)
     for place in (folder, folder / "model", *sorted(folder.glob("stages/*/model"), reverse=True)):
-        described = _json(place / hub.CONFIG)
+        described = read_json(place / hub.CONFIG)
         if described.get("kind") == "trainable":
             return _of_ours(hub.load_trainable(place), str(folder))
         if described.get("kind") == "encoder":
@@ -105,23 +110,15 @@ def _of_folder(folder: Path) -> UserModel:
                 f"{folder} holds an encoder without a head, no classifier: unmask train classifier init={folder}"
             )
         if "model_type" in described:
-            return _of_transformers(place)
+            return open_transformers(place)
         if "architecture" in described and "pretrained_cfg" in described:
             return _of_timm_folder(place, described)
     raise UserError(f"{folder} holds no model that is known here: a run, an export, timm's layout or transformers' own")
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def _reopened(folder: Path) -> UserModel:
     """What ``save`` wrote: the architecture is built, shrunk as it was, and filled."""
-    described = _json(folder / DESCRIPTION)
+    described = read_json(folder / DESCRIPTION)
     family, made = described.get("family"), dict(described.get("made") or {})
     surgery = Surgery.of(described.get("surgery") or {})
     classes = described.get("classes")
@@ -130,10 +127,12 @@ def _reopened(folder: Path) -> UserModel:
     elif family == "torchvision":
         module = _torchvision_module(described["name"], made)
     elif family == "transformers":
-        module, tokenizer = _transformers_module(folder, surgery)
+        module, tokenizer = read_transformers(folder, surgery)
         return _described(module, described, classes, tokenizer)
     else:
-        raise UserError(f"{folder} holds weights of your own module: build it, then unmask.models.saving.restore(module, ...)")
+        raise UserError(
+            f"{folder} holds weights of your own module: build it, then unmask.models.saving.restore(module, ...)"
+        )
     reshape(module, surgery)
     load_strict(module, read_checkpoint(folder / hub.WEIGHTS), where=folder / hub.WEIGHTS)
     return _described(module, described, classes, None)
@@ -184,16 +183,17 @@ def _of_timm(name: str, weights: Any, pretrained: bool | None, classes: Any, arg
         mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
     how = str(config.get("interpolation") or "bicubic")
     prepared = Preprocessing(mean, std, size, channels, interpolation=how, crop=float(config.get("crop_pct") or 1.0))
-    _with_classes(module, name, int(getattr(module, "num_classes", 0)))
-    return UserModel(
-        module, "image classifier", "timm", name, _names(classes, int(module.num_classes)), prepared, made=arguments
-    )
+    count = int(getattr(module, "num_classes", 0))
+    _with_classes(module, name, count)
+    return UserModel(module, "image classifier", "timm", name, _names(classes, count), prepared, made=arguments)
 
 
 def _of_timm_folder(folder: Path, described: Mapping[str, Any]) -> UserModel:
     """A folder in timm's own layout, with a head."""
     if not described.get("num_classes"):
-        raise UserError(f"{folder} is an encoder of timm without a head, no classifier: unmask train classifier init={folder}")
+        raise UserError(
+            f"{folder} is an encoder of timm without a head, no classifier: unmask train classifier init={folder}"
+        )
     arguments = {**(described.get("model_args") or {}), "num_classes": described["num_classes"]}
     name = f"timm/{described['architecture']}"
     opened = _of_timm(name, folder / hub.WEIGHTS, False, None, arguments)
@@ -214,7 +214,9 @@ def _timm_module(name: str, arguments: Mapping[str, Any], *, pretrained: bool) -
         raise UserError(f"timm cannot build {name} with {dict(arguments)}: {lines[0][:160]}") from None
     except Exception as error:  # the hub client's own errors
         reason = hub.hub_reason(error)
-        raise UserError(f"no weights for {name}: {reason}; or weights=FILE, or pretrained=false for random ones") from None
+        raise UserError(
+            f"no weights for {name}: {reason}; or weights=FILE, or pretrained=false for random ones"
+        ) from None
 
 
 def _classes_in(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -284,95 +286,15 @@ def _published(name: str, weights: Any) -> dict[str, Tensor]:
         return dict(weights.get_state_dict(progress=False, check_hash=True))
     except Exception as error:  # urllib's own errors, among them those of a machine without a network
         reason = hub.hub_reason(error)
-        raise UserError(f"no weights for {name}: {reason}; or weights=FILE, or pretrained=false for random ones") from None
+        raise UserError(
+            f"no weights for {name}: {reason}; or weights=FILE, or pretrained=false for random ones"
+        ) from None
 
 
 def _outputs(module: nn.Module) -> int:
-    """Outputs of the last linear layer."""
-    from torch.nn import Linear
-
-    last = [m for m in module.modules() if isinstance(m, Linear)]
-    return last[-1].out_features if last else 0
-
-
-# --- transformers -------------------------------------------------------------------------------------------------
-
-
-def _of_transformers(folder: Path) -> UserModel:
-    module, tokenizer = _transformers_module(folder, Surgery())
-    return _of_transformers_module(module, str(folder), tokenizer)
-
-
-def _of_transformers_module(module: nn.Module, name: str, tokenizer: Any) -> UserModel:
-    config: Any = module.config
-    task = type(module).__name__
-    if task.endswith("ForSequenceClassification"):
-        kind: Kind = "text classifier"
-    elif task.endswith(("ForCausalLM", "LMHeadModel")):
-        kind = "causal lm"
-    elif task.endswith("ForImageClassification"):
-        kind = "image classifier"
-    elif task.endswith(("ForUniversalSegmentation", "ForSemanticSegmentation")):
-        kind = "image segmenter"
-    else:
-        raise UserError(f"{name} is a {task}, no classifier and no language model: it gives no scores to compare")
-    labels = getattr(config, "id2label", None) or {}
-    classes = tuple(str(labels[i]) for i in sorted(labels)) if kind != "causal lm" else None
-    prepared = None
-    if kind.startswith("image"):
-        side = getattr(config, "image_size", 224)
-        size = (side, side) if isinstance(side, int) else tuple(side)
-        prepared = Preprocessing((0.5,) * 3, (0.5,) * 3, size, int(getattr(config, "num_channels", 3)))
-    return UserModel(module.eval(), kind, "transformers", name, classes, prepared, tokenizer)
-
-
-def _transformers_module(folder: Path, surgery: Surgery) -> tuple[nn.Module, Any]:
-    try:
-        import transformers
-    except ImportError:
-        raise MissingExtra("a model of transformers", "transformers", "text") from None
-    described = _json(folder / hub.CONFIG)
-    names = described.get("architectures") or []
-    cls = getattr(transformers, names[0], None) if names else None
-    if cls is None:
-        raise UserError(f"{folder / hub.CONFIG} names no architecture of transformers ({', '.join(names) or 'none'})")
-    weights = next((folder / n for n in (hub.WEIGHTS, "pytorch_model.bin") if (folder / n).is_file()), None)
-    if weights is None:
-        raise UserError(f"{folder} holds no {hub.WEIGHTS}")
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-        module = cls(config)
-    except Exception as error:  # configs of other versions fail in many ways
-        raise UserError(f"transformers cannot build {folder}: {str(error).strip().splitlines()[0][:160]}") from None
-    if surgery:
-        reshape(module, surgery)
-    _load_tied(module, read_checkpoint(weights), weights)
-    tokenizer = None
-    if any((folder / n).is_file() for n in ("tokenizer.json", "vocab.txt", "tokenizer_config.json")):
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        except Exception:  # a tokenizer that cannot be read is not needed for tokens
-            tokenizer = None
-    return module.eval(), tokenizer
-
-
-def _load_tied(module: nn.Module, state: Mapping[str, Tensor], where: Path) -> None:
-    """Strict, but for names that are tied to one that is there, and for buffers that a version left out."""
-    state = dict(state)
-    own = dict(module.named_parameters(remove_duplicate=False))
-    by_id: dict[int, list[str]] = {}
-    for name, parameter in own.items():
-        by_id.setdefault(id(parameter), []).append(name)
-    for names in by_id.values():
-        found = next((n for n in names if n in state), None)
-        if found:
-            state.update({n: state[found] for n in names if n not in state})
-    buffers = {n for n, _ in module.named_buffers()}
-    for name, value in module.state_dict().items():
-        if name not in state and (name in buffers or name == "lm_head.weight"):
-            state[name] = value
-    wanted = set(module.state_dict())
-    load_strict(module, {n: v for n, v in state.items() if n in wanted or "position_ids" not in n}, where=where)
+    """Outputs of the last layer."""
+    last = [m for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    return getattr(last[-1], "out_features", getattr(last[-1], "out_channels", 0)) if last else 0
 
 
 # --- shared -------------------------------------------------------------------------------------------------------

@@ -25,22 +25,17 @@ def _one(values: list[int]) -> int | None:
 def _transformers(model: UserModel) -> tuple[dict[str, Any] | None, str]:
     config: Any = model.module.config
     state = model.module.state_dict()
-    heads: dict[str, list[int]] = {}
-    for name, module in model.module.named_modules():
-        for key in ("num_attention_heads", "num_heads"):
-            if hasattr(module, key) and name in model.surgery.attributes:
-                heads.setdefault("heads", []).append(int(getattr(module, key)))
-    cut_heads = any(v for v in model.surgery.attributes.values()) or any("q_proj" in n for n in model.surgery.shapes)
+    cut_heads = any(k.startswith(("num_", "all_head", "split")) for v in model.surgery.attributes.values() for k in v)
     ends = {"bert": "intermediate.dense.weight", "gpt2": "mlp.c_fc.weight", "llama": "mlp.up_proj.weight"}
     kind = str(config.model_type)
-    key = {"bert": "intermediate_size", "gpt2": "n_inner", "llama": "intermediate_size"}.get(kind)
-    if key is None:
+    width_of = {"bert": "intermediate_size", "gpt2": "n_inner", "llama": "intermediate_size"}.get(kind)
+    if width_of is None:
         return None, f"{kind} is not known well enough here"
     axis = 1 if kind == "gpt2" else 0
     width = _one([int(v.shape[axis]) for n, v in state.items() if n.endswith(ends[kind])])
     if width is None:
         return None, "its layers keep different numbers of neurons, and its config has one for all"
-    out: dict[str, Any] = {key: width}
+    out: dict[str, Any] = {width_of: width}
     if kind == "llama":
         d = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         q = _one([int(v.shape[0]) for n, v in state.items() if n.endswith("q_proj.weight")])
@@ -64,7 +59,7 @@ def _timm(model: UserModel) -> tuple[dict[str, Any] | None, str]:
     first = module.blocks[0].attn
     told: dict[str, Any] = {"mlp_ratio": (width + 0.5) / module.embed_dim}
     if hasattr(first, "attn_dim") and first.head_dim * heads != module.embed_dim:
-        # timm.create_model(..., attn_layer=functools.partial(timm.layers.Attention, attn_head_dim=D))
+        # the head's width goes in by attn_layer: a subclass of timm.layers.Attention that passes attn_head_dim on
         return told | {"num_heads": heads, "attn_head_dim": int(first.head_dim)}, ""
     return told | {"num_heads": heads}, ""
 

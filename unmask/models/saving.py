@@ -95,7 +95,9 @@ def _own_config(model: UserModel) -> dict[str, Any]:
 def _build(model: UserModel) -> str:
     """The lines of ``load_plain.py`` that make the architecture in its library."""
     if model.family == "timm":
-        return f"    import timm\n\n    model = timm.create_model({model.name.removeprefix('timm/')!r}, **{model.made!r})"
+        return (
+            f"    import timm\n\n    model = timm.create_model({model.name.removeprefix('timm/')!r}, **{model.made!r})"
+        )
     if model.family == "torchvision":
         name = model.name.removeprefix("torchvision/")
         return f"    from torchvision import models\n\n    model = models.get_model({name!r}, weights=None, **{model.made!r})"
@@ -103,7 +105,7 @@ def _build(model: UserModel) -> str:
         cls = type(model.module).__name__
         return (
             "    import transformers\n\n"
-            '    config = transformers.AutoConfig.from_pretrained(HERE)\n'
+            "    config = transformers.AutoConfig.from_pretrained(HERE)\n"
             f"    model = transformers.{cls}(config)"
         )
     return ""

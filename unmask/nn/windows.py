@@ -325,10 +325,26 @@ def overlapping_attention(
     around = around.unflatten(1 + axes, (2, heads, dim))  # [B, *places, 2, heads, d, *slots]
     around = around.permute(1 + axes, 0, *range(1, 1 + axes), 2 + axes, *range(4 + axes, 4 + 2 * axes), 3 + axes)
     key, value = around.reshape(2, -1, heads, math.prod(larger), dim).unbind(0)
-    mixed = attend(query, key, value, bias=None if bias is None else bias[None], scale=scale)
+    mixed = _of_larger(query, key, value, bias, scale)
     mixed = mixed.view(batch, *(s // w for s, w in zip(size, window, strict=True)), heads, *window, dim)
     back = [i for a in range(axes) for i in (1 + a, 2 + axes + a)]
     return mixed.permute(0, *back, 1 + axes, 2 + 2 * axes).reshape(batch, math.prod(size), heads * dim)
+
+
+def _of_larger(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Attention of windows ``[B W, heads, K, d]`` to larger ones ``[B W, heads, M, d]``. On a CPU plain products are faster than
+    the fused kernel (measured at 256 x 576: 1.2 to 1.6 times), some windows at a time where nothing is kept for gradients."""
+    if query.device.type != "cpu" or torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return attend(query, key, value, bias=None if bias is None else bias[None], scale=scale)
+    needs = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, bias))
+    each = len(query) if needs else max(1, BLOCK // math.prod((query.shape[1], query.shape[2], key.shape[2])))
+    added = None if bias is None else bias.to(query.dtype)
+    out = []
+    for q, k, v in zip(query.split(each), key.split(each), value.split(each), strict=True):
+        logits = (q * scale) @ k.transpose(-1, -2)
+        logits = logits if added is None else logits.add_(added)
+        out.append(logits.softmax(dim=-1) @ v)
+    return out[0] if len(out) == 1 else torch.cat(out)
 
 
 @functools.lru_cache(maxsize=64)
@@ -340,7 +356,8 @@ def overlapping_index(window: tuple[int, ...], larger: tuple[int, ...], device: 
     """
     with torch.inference_mode(False):
         queries, keys = (
-            torch.cartesian_prod(*(torch.arange(s) for s in sides)).reshape(-1, len(sides)) for sides in (window, larger)
+            torch.cartesian_prod(*(torch.arange(s) for s in sides)).reshape(-1, len(sides))
+            for sides in (window, larger)
         )
         delta = keys[None] - queries[:, None]
         index = torch.zeros(delta.shape[:2], dtype=torch.int64)

@@ -48,6 +48,8 @@ def save_trainable(model: Trainable, folder: str | Path, *, state: Mapping[str, 
     if model.side_files:
         described["side_files"] = sorted(model.side_files)
     files = {name: text.encode() for name, text in model.side_files.items()}
+    if surgery := getattr(model, "surgery", None):
+        described["surgery"] = surgery.plain()
     return write_folder(Path(folder), described, model.state_dict() if state is None else state, files=files)
 
 
@@ -264,11 +266,12 @@ def _folder(folder_or_id: str | Path, *inner: str) -> Path:
                     return folder / name
         return folder
     if isinstance(folder_or_id, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", folder_or_id) and not folder.parent.is_dir():
-        return _snapshot(folder_or_id)
+        return snapshot(folder_or_id)
     raise UserError(f"no folder {folder_or_id}: give a run, an exported model or a hub id (name/model)")
 
 
-def _snapshot(repo_id: str) -> Path:
+def snapshot(repo_id: str) -> Path:
+    """The folder of a hub id, downloaded or from the cache: weights, configs, tokenizer. Raises ``UserError``."""
     from huggingface_hub import snapshot_download
 
     try:

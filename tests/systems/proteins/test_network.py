@@ -106,8 +106,7 @@ def test_positions_jump_where_the_chain_breaks() -> None:
 )
 def test_what_does_not_fit_is_told(options: dict, shape: tuple | None, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        net = network(**options)
-        net(torch.full(shape or (1, 1, 2), 4))
+        network(**options)(torch.full(shape or (1, 1, 2), 4))
 
 
 def test_masks_spare_cls_and_padding_and_keep_their_shares() -> None:

@@ -77,7 +77,9 @@ def info_command(
         speech.result("")
         rows = [(o["name"], _shown(o["default"]), o["description"]) for o in facts["options"]]
         speech.table(("option", "default", "meaning"), rows)
-    if facts["recipes"]:
+    if facts.get("verb") == "compress":
+        speech.say(f"\ntry: unmask compress MODEL --method {system} --data URI --budget macs=0.6 -o smaller/")
+    elif facts["recipes"]:
         speech.say(
             f"\ntry: unmask train {system}        options go behind it: unmask train {system} {_example(facts['options'])}"
         )

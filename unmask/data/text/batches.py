@@ -50,12 +50,20 @@ class TextBatches(Mapped):
 
     A batch: ``tokens``, ``words``, ``types``, ``positions``, ``segments`` int64 ``[B, T]`` (segments: which text of a packed row a
     token belongs to, from 1; 0 padding), ``attention_mask`` int64 ``[B, T]`` (1: a token, 0: padding), and ``label`` int64 ``[B]``
-    where rows have labels and are not packed. tokenizer: one to use instead of the settings'. Raises ``UserError``.
+    where rows have labels and are not packed. tokenizer, source: ones to use instead of the settings'. Raises ``UserError``.
     """
 
-    def __init__(self, settings: TextSettings, batch_size: int, seed: int = 0, *, tokenizer: Tokenizer | None = None):
+    def __init__(
+        self,
+        settings: TextSettings,
+        batch_size: int,
+        seed: int = 0,
+        *,
+        tokenizer: Tokenizer | None = None,
+        source: TextSource | None = None,
+    ):
         self.settings = settings
-        self.text: TextSource = open_text(
+        self.text: TextSource = source or open_text(
             settings.uri,
             settings.split,
             columns=settings.columns,

@@ -94,7 +94,11 @@ class Frame:
         if any(len(e) > 1 for e in each):
             return None
         return Costs(
-            one(heads[0]) if heads else 0.0, one(neurons[0]), len(neurons), heads[0].count if heads else 0, neurons[0].count
+            one(heads[0]) if heads else 0.0,
+            one(neurons[0]),
+            len(neurons),
+            heads[0].count if heads else 0,
+            neurons[0].count,
         )
 
     def exact(self, keep: Mapping[Units, Tensor], kind: str | None = None) -> float:
@@ -173,7 +177,9 @@ class Frame:
 
     def _by_latency(self, scores: Scores) -> dict[Units, Tensor]:
         """The largest share of MACs whose cut model is fast enough, by seven halvings, each of them measured."""
-        macs = Frame(self.model, self.structure, Budget("macs", 1.0), self.batch, self.length, self.counts, self.uniform)
+        macs = Frame(
+            self.model, self.structure, Budget("macs", 1.0), self.batch, self.length, self.counts, self.uniform
+        )
         low, high, best, fastest = 0.0, 1.0, None, float("inf")
         for _ in range(7):
             middle = (low + high) / 2

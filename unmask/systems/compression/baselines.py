@@ -21,7 +21,8 @@ NAMES = ("magnitude", "random", "torch prune", "int8")
 def random_scores(draw: Draw, structure: Structure) -> dict[Units, Tensor]:
     """-U(0, 1) for every unit."""
     return {
-        u: -draw.uniform(f"random_{u.kind}_{i}", (u.count,), shared=True).double() for i, u in enumerate(structure.all())
+        u: -draw.uniform(f"random_{u.kind}_{i}", (u.count,), shared=True).double()
+        for i, u in enumerate(structure.all())
     }
 
 

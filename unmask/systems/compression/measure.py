@@ -49,7 +49,7 @@ def bytes_on_disk(module: nn.Module) -> int:
         return buffer.tell()
     total, seen = 0, set()
     for value in module.state_dict().values():
-        if not isinstance(value, Tensor) or value.data_ptr() in seen and value.numel():
+        if not isinstance(value, Tensor) or (value.data_ptr() in seen and value.numel()):
             continue
         seen.add(value.data_ptr())
         whole = value.numel() * value.element_size()
@@ -79,7 +79,8 @@ def metric(model: UserModel, batches: Iterable[Batch], tell: Callable[[int], Non
             label = batch["label"].cpu()
             if int(label.max()) >= logits.shape[-1]:
                 raise UserError(
-                    f"the data has the class {int(label.max())}, {model.name} knows {logits.shape[-1]} classes: give data with its classes"
+                    f"the data has the class {int(label.max())}, {model.name} knows "
+                    f"{logits.shape[-1]} classes: give data with its classes"
                 )
             right, count = right + int((logits.argmax(-1) == label).sum()), count + len(label)
         if tell is not None:
@@ -145,7 +146,7 @@ def measured(
     """The rows of a report, in order: name, metric, parameters, macs, bytes, latency. batches: the test data, anew at each call.
     one: the batch that latency is measured on."""
     times = latencies(models, one, repeats=repeats)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, model in models.items():
         if tell is not None:
             tell(f"measuring {name} ...")

@@ -16,7 +16,15 @@ from unmask.official.reshaped import Constant, Surgery, replace_module
 from unmask.systems.compression.structure import Units
 
 Keep = Mapping[Units, Tensor]  # units -> bool [count], True stays
-WIDTHS = ("num_heads", "num_attention_heads", "num_key_value_heads", "all_head_size", "attn_dim", "split_size", "n_heads")
+WIDTHS = (
+    "num_heads",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "all_head_size",
+    "attn_dim",
+    "split_size",
+    "n_heads",
+)
 
 
 @contextmanager
@@ -27,11 +35,14 @@ def masked(module: nn.Module, keep: Keep) -> Iterator[None]:
         if bool(kept.all()):
             continue
         if units.kind == "neuron":
-            for source in units.sources:
-                hooks.append(module.get_submodule(source).register_forward_hook(_Output(kept)))
+            hooks += [module.get_submodule(s).register_forward_hook(_Output(kept)) for s in units.sources]
         else:
             for sink, axis in units.sinks:
-                hooks.append(module.get_submodule(sink).register_forward_pre_hook(_Input(spread(units, kept, module, sink), axis)))
+                hooks.append(
+                    module.get_submodule(sink).register_forward_pre_hook(
+                        _Input(spread(units, kept, module, sink), axis)
+                    )
+                )
     try:
         yield
     finally:
@@ -61,7 +72,8 @@ class _Input:
 def spread(units: Units, kept: Tensor, module: nn.Module, sink: str) -> Tensor:
     """bool over the places of a sink's input: which of them are of kept units."""
     places = next(
-        (s.index for s in units.slices if s.parameter.rpartition(".")[0] == sink and _is_input(s, module)), units.columns
+        (s.index for s in units.slices if s.parameter.rpartition(".")[0] == sink and _is_input(s, module)),
+        units.columns,
     )
     flags = torch.zeros(int(places.max()) + 1, dtype=torch.bool)
     flags[places.flatten()] = kept[:, None].expand(places.shape).flatten()
@@ -93,6 +105,8 @@ def cut(model: UserModel, keep: Keep) -> UserModel:
     for name, axis, index in _removed(keep):
         _shorten(module, name, axis, index)
     for units, kept in keep.items():
+        if units.kind == "neuron" and not bool(kept.any()):
+            constants |= {sink: _fixed(module, sink) for sink, _ in units.sinks}
         if units.kind != "head" or bool(kept.all()):
             continue
         left = int(kept.sum()) * units.members
@@ -109,12 +123,15 @@ def cut(model: UserModel, keep: Keep) -> UserModel:
     kept_old = {n: s for n, s in old.shapes.items() if n in after and n not in shapes}
     for one, named in _integers(module, before, after).items():
         attributes[one] = {**named, **attributes.get(one, {})}
-    module.surgery = Surgery(
+    record = Surgery(
         {**kept_old, **shapes},
         {**{k: v for k, v in old.attributes.items() if not (k + ".").startswith(gone or ("\0",))}, **attributes},
         {**old.constants, **constants},
         dict(old.merges),
     )
+    module.surgery = record  # type: ignore[assignment]
+    if isinstance(getattr(module, "encoder", None), nn.Module):  # what is taken away alone has to know its part
+        module.encoder.surgery = record.under("encoder")
     smaller = UserModel(**{**vars(model), "module": module})
     return smaller.eval()
 
@@ -166,19 +183,20 @@ def _resize(module: nn.Module, units: Units, heads: int, left: int) -> dict[str,
 def _silence(module: nn.Module, units: Units, extra: int) -> list[int]:
     """An attention without heads gives its output bias, or nothing where the projection stands outside it."""
     sink = units.sinks[0][0]
-    inside = sink.startswith(units.core + ".")
-    proj = module.get_submodule(sink)
-    size = 0
-    value = torch.zeros(0)
-    if inside:
-        weight: Tensor = proj.weight  # type: ignore[assignment]
-        transposed = hasattr(proj, "nf")
-        size = weight.shape[1] if transposed else weight.shape[0]
-        bias = getattr(proj, "bias", None)
-        value = bias.detach().clone() if bias is not None else weight.new_zeros(size)
+    if sink.startswith(units.core + "."):
+        return _fixed(module, sink, units.core, extra)
+    replace_module(module, units.core, Constant(0, extra))
+    return [0, extra]
+
+
+def _fixed(module: nn.Module, layer: str, place: str = "", extra: int = 0) -> list[int]:
+    """Put the bias of a layer that has no inputs left in the place of the layer (or of what is named)."""
+    linear: Any = module.get_submodule(layer)
+    size = linear.weight.shape[1] if hasattr(linear, "nf") else linear.weight.shape[0]
     constant = Constant(size, extra)
-    constant.value = value
-    replace_module(module, units.core, constant)
+    if linear.bias is not None:
+        constant.value = linear.bias.detach().clone()
+    replace_module(module, place or layer, constant)
     return [size, extra]
 
 
@@ -210,9 +228,9 @@ def _refresh(module: nn.Module) -> None:
             elif m.groups == 1:
                 m.out_channels, m.in_channels = m.weight.shape[:2]
         elif isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None:
-            m.num_features = m.running_mean.shape[0]
+            m.num_features = int(m.running_mean.shape[0])
         elif hasattr(m, "nf") and hasattr(m, "nx") and isinstance(getattr(m, "weight", None), nn.Parameter):
-            m.nx, m.nf = m.weight.shape
+            m.nx, m.nf = m.weight.shape  # type: ignore[assignment]
 
 
 def _integers(module: nn.Module, before: Mapping[str, Any], after: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:
@@ -240,8 +258,8 @@ def at_rest(model: UserModel, keep: Keep) -> dict[Units, Tensor]:
     found: dict[Units, Tensor] = {}
     hooks = []
     for units in wanted:
-        for source in units.sources:
-            hooks.append(model.module.get_submodule(source).register_forward_hook(_Output(torch.zeros(1))))
+        hide = _Output(torch.zeros(1))
+        hooks += [model.module.get_submodule(s).register_forward_hook(hide) for s in units.sources]
 
         def hook(_m: nn.Module, inputs: tuple[Tensor, ...], units: Units = units) -> None:
             found[units] = inputs[0].detach().reshape(-1, inputs[0].shape[-1])[0]
@@ -275,4 +293,6 @@ def check_cut(model: UserModel, smaller: UserModel, keep: Keep) -> None:
     size = max(float(theirs.abs().max()), 1e-6)
     if not float((ours - theirs).abs().max()) <= 2e-3 * size:
         layer = next(u.name for u, k in keep.items() if not bool(k.all()))
-        raise UserError(f"{model.name} answers otherwise after its cut than with the same units hidden, from {layer} on")
+        raise UserError(
+            f"{model.name} answers otherwise after its cut than with the same units hidden, from {layer} on"
+        )

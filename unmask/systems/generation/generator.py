@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
+from pydantic import field_validator
 from torch import Tensor
 
 from unmask import config as configs
@@ -43,6 +44,11 @@ class GeneratorConfig(configs.Config):
         None, description="their names or number, 0 for none; from the data if open"
     )
     first_stage: FirstStageConfig = Field(FirstStageConfig(), description="pixels, our vq or kl, or diffusers")
+
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _one_side_is_a_square(cls, value: Any) -> Any:
+        return (value, value) if isinstance(value, int) else value
 
 
 @dataclass(frozen=True)

@@ -152,8 +152,8 @@ def pairing_png(
     chance: float | None = None,
     title: str = "",
 ) -> bytes:
-    """Block-diagonal matrices of left against right rows, species by species: shares of runs, pairs; and the losses by step, with the
-    number of correct pairs where it is known."""
+    """Block-diagonal matrices of left against right rows, species by species: shares of runs, pairs; and the losses by step, with
+    the number of correct pairs where it is known."""
     count = 2 + bool(losses) + bool(correct)
     edges = np.cumsum([0, *sizes])
 

@@ -23,7 +23,9 @@ RowsOf = Callable[[int], "Tensor | None"]  # number of rows -> which of them are
 class ChannelTrajectories:
     """All channels of a network, scored on one batch ``inputs``."""
 
-    def __init__(self, model: UserModel, units: list[Units], inputs: Mapping[str, Tensor], setting: Setting, rows: RowsOf):
+    def __init__(
+        self, model: UserModel, units: list[Units], inputs: Mapping[str, Tensor], setting: Setting, rows: RowsOf
+    ):
         self.model, self.units, self.inputs, self.setting, self.rows = model, units, dict(inputs), setting, rows
         self.module = model.module
         self.size = len(next(iter(self.inputs.values())))
@@ -158,15 +160,19 @@ class _Chain:
 
     def run(self, units: Units, copies: int) -> Tensor:
         places = [self._place(path) for path, _ in units.sinks]
-        skipped = self.order[: min(places)] if all(p is not None for p in places) else []
+        skipped = self.order[: min(places)]
         if not skipped:
             return self.model.scores(**_repeated(self.inputs, copies))
         with self._skipping(skipped, copies):
             return self.model.scores(**self.inputs)
 
-    def _place(self, path: str) -> int | None:
+    def _place(self, path: str) -> int:
+        """How many members of the chain may be skipped for a change at ``path``: of what stands behind them all (a head),
+        all; of what stands elsewhere, none."""
         place = next((i for i, p in enumerate(self.order) if path == p or path.startswith(p + ".")), None)
-        return place if place is not None else len(self.order) - 1 if self.order and path in ("fc", "head", "classifier") else 0
+        if place is not None:
+            return place
+        return len(self.order) - 1 if self.order and path in ("fc", "head", "classifier") else 0
 
     @contextmanager
     def _skipping(self, paths: list[str], copies: int) -> Iterator[None]:

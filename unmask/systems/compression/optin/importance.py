@@ -2,8 +2,8 @@
 
 ``fast`` reuses what a candidate does not change: the model's own forward runs, but blocks before the candidate's hand on what
 they gave before, a neuron is a rank-one change behind its MLP and a head one behind its attention, many candidates share a
-batch, and the teacher's Gram matrices are built once. ``plain`` hides one unit, runs everything and compares, as the released code does.
-Both give the same numbers.
+batch, and the teacher's Gram matrices are built once. ``plain`` hides one unit, runs everything and compares, as the released
+code does. Both give the same numbers.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ class Trajectories:
             path, of_input = self.place(layer)
             module = self.module.get_submodule(path)
             if of_input:
-                hooks.append(module.register_forward_pre_hook(lambda _m, i, layer=layer: found.__setitem__(layer, i[0])))
+                hooks.append(
+                    module.register_forward_pre_hook(lambda _m, i, layer=layer: found.__setitem__(layer, i[0]))
+                )
             else:
                 hooks.append(module.register_forward_hook(lambda _m, _i, o, layer=layer: found.__setitem__(layer, o)))
         try:
@@ -173,7 +175,7 @@ class Trajectories:
                 stack.enter_context(masked(self.module, carried))
                 stack.enter_context(self._replaced(kind, layer, units, some, kept))
                 found = stack.enter_context(self.watching(wanted))
-                logits = self.model.scores(**{k: v.repeat(len(some), *[1] * (v.ndim - 1)) for k, v in self.inputs.items()})
+                logits = self.model.scores(**self._inputs(layer, len(some)))
             md = torch.zeros(len(some), dtype=torch.float64)
             if s.resample is not None:
                 for c in range(len(some)):
@@ -188,6 +190,12 @@ class Trajectories:
             answers = logits.unflatten(0, (len(some), self.size))
             kl = divergence(base.logits, answers, s.temperature, s.divide) if s.need_kl else torch.zeros(len(some))
             yield first, md, kl
+
+    def _inputs(self, layer: int, copies: int) -> dict[str, Tensor]:
+        """The batch, once for each candidate; of images only once where the blocks before hand on their copies."""
+        if layer > 0 and not self.model.text:
+            return self.inputs
+        return {k: v.repeat(copies, *[1] * (v.ndim - 1)) for k, v in self.inputs.items()}
 
     def _kept(self, kind: str, layer: int, units: Units, carried: dict[Units, Tensor]) -> dict[str, Any]:
         """What one pass leaves behind for all candidates of a layer: what earlier blocks gave, and what stands at its change."""
@@ -223,11 +231,12 @@ class Trajectories:
         # features read inside the block need its own intermediate values; else nothing before the change is computed again
         inside = self.setting.position in ("hidden", "attention") and layer == len(self.blocks) - 1
         if not inside:
-            swaps.append((sink, _changed(kept["into"], kept["out"], self._weights(units, some), self._columns(units, some))))
+            swaps.append(
+                (sink, _changed(kept["into"], kept["out"], self._weights(units, some), self._columns(units, some)))
+            )
             heads = self.heads[layer]
             if kind == "neuron":
-                for source in units.sources:
-                    swaps.append((self.module.get_submodule(source), _nothing))
+                swaps += [(self.module.get_submodule(source), _nothing) for source in units.sources]
             if heads is not None:
                 swaps += self._still(kind, heads, units, some, kept)
         hooks = self._hidden(units, some) if inside else []
@@ -237,11 +246,11 @@ class Trajectories:
         try:
             yield
         finally:
-            for module, forward in old:
-                if forward is None:
+            for module, before in old:
+                if before is None:
                     del module.__dict__["forward"]
                 else:
-                    module.forward = forward  # type: ignore[method-assign]
+                    module.forward = before  # type: ignore[method-assign]
             for hook in hooks:
                 hook.remove()
 
@@ -330,20 +339,17 @@ def _changed(into: Tensor, out: Tensor, weights: Tensor, columns: Tensor) -> Cal
     """The layer's output less the part of each candidate: ``out - into[..., columns] @ weights``, candidates first."""
 
     def forward(*_: Any, **__: Any) -> Tensor:
-        parts = into[..., columns]  # [B, T, c, e]
-        gone = torch.einsum("...ce,ced->c...d", parts, weights) if parts.shape[-1] > 1 else _rank_one(parts, weights)
-        return (out[None] - gone).flatten(0, 1)
+        parts = into[..., columns].movedim(-2, 0)  # [c, B, T, e]
+        if parts.shape[-1] == 1:
+            own = weights[:, 0].reshape(len(weights), *[1] * (parts.ndim - 2), -1)
+            return torch.addcmul(out[None], parts, own, value=-1).flatten(0, 1)
+        return (out[None] - torch.einsum("c...e,ced->c...d", parts, weights)).flatten(0, 1)
 
     return forward
 
 
-def _rank_one(parts: Tensor, weights: Tensor) -> Tensor:
-    own = parts[..., 0].movedim(-1, 0)  # [c, B, T]
-    return own[..., None] * weights[:, 0].reshape(len(weights), *[1] * (own.ndim - 1), -1)
-
-
 def _fitting(inputs: Mapping[str, Tensor], base: Base, most: int) -> int:
-    """Candidates in a batch: about two million numbers of a feature at once on a CPU."""
+    """Candidates in a batch: about half a million numbers of a feature at once on a CPU, whose caches they should fit."""
     one = max(base.features[0].numel(), 1)
-    budget = 2**21 if base.features[0].device.type == "cpu" else 2**26
+    budget = 2**19 if base.features[0].device.type == "cpu" else 2**26
     return max(min(budget // one, most), 1)

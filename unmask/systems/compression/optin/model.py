@@ -1,7 +1,7 @@
 """OPTIN: pruning by trajectories, in one shot. Khaki and Plataniotis, ICLR 2024, arXiv:2403.17921.
 
-Hide one head, one MLP neuron, one convolution channel (or one token) at a time, run one batch, and measure how far the later layers'
-features and the answers move. Rank all of them, and keep the best set that fits the budget. No gradients, no training.
+Hide one head, one MLP neuron, one convolution channel (or one token) at a time, run one batch, and measure how far the later
+layers' features and the answers move. Rank all of them, and keep the best set that fits the budget. No gradients, no training.
 
     smaller = OPTIN(OPTIN.Config()).compress(open_model("timm/vit_tiny_patch16_224"), batches, parse_budget("macs=0.6"), Seeded(0))
 """
@@ -47,33 +47,46 @@ class OPTIN:
         loss_type: Literal["MMD", "KL", "MMD+KL"] = Field("MMD+KL", description="which terms a score has")
         aggregate: Literal["sum", "mean"] = Field("sum", description="over the entries of the Gram matrices")
         feature: Literal["auto", "mlp", "input", "attention", "hidden"] = Field(
-            "auto", description="what of a block is compared; auto: its MLP's output (text), its attention's input (images)"
+            "auto",
+            description="what of a block is compared; auto: its MLP's output (text), its attention's input (images)",
         )
         contribution: float = Field(10.0, gt=0, description="how many times MD is to outweigh the KL (lambda)")
         temperature: float = Field(4.0, gt=0, description="T; the KL counts T^2 times")
         divide_logits_by_t: bool = Field(False, description="divide the logits by T, as distillation does")
         sample_rows: int = Field(768, ge=2, description="rows of the features that are compared (K)")
         resample_rows: bool = Field(False, description="other rows for every comparison (the released code)")
-        head_include_last_layer: bool = Field(True, description="the last layer's heads are compared by its own feature")
+        head_include_last_layer: bool = Field(
+            True, description="the last layer's heads are compared by its own feature"
+        )
         neuron_include_last_layer: bool = Field(True, description="the same for neurons and channels")
         last_layer_factor_head: float = Field(0.5, gt=0)
         last_layer_factor_neuron: float = Field(0.5, gt=0)
         head_factor: float = Field(0.5, gt=0)
         neuron_factor: float = Field(1.0, gt=0)
         index_weighting: bool = Field(False, description="the first units count more, by position (the released code)")
-        carry_head_masks: bool = Field(False, description="earlier layers run without their last head (the released code)")
+        carry_head_masks: bool = Field(
+            False, description="earlier layers run without their last head (the released code)"
+        )
         units: tuple[Unit, ...] = Field(("heads", "neurons", "channels"), description="what is cut; tokens are merged")
-        allocation: Literal["global", "uniform"] = Field("global", description="uniform: the same number in every layer")
+        allocation: Literal["global", "uniform"] = Field(
+            "global", description="uniform: the same number in every layer"
+        )
         counts: Literal["model", "layers"] = Field(
             "model", description="the budget is of the whole model, or of its heads and neurons alone (the paper)"
         )
-        sequence_length: float | None = Field(None, gt=0, description="tokens that costs are counted for; open: the data's")
-        token_share: float = Field(0.5, gt=0, lt=1, description="share of the saving that tokens bring, where they are units")
+        sequence_length: float | None = Field(
+            None, gt=0, description="tokens that costs are counted for; open: the data's"
+        )
+        token_share: float = Field(
+            0.5, gt=0, lt=1, description="share of the saving that tokens bring, where they are units"
+        )
         calibration: int = Field(128, ge=1, description="samples of the one batch")
         importance: Literal["trajectory", "fisher", "magnitude", "random"] = Field(
             "trajectory", description="OPTIN's score, or one that it is compared with, under the same search"
         )
-        search: Literal["fast", "plain"] = Field("fast", description="plain: one full pass a unit, as the released code")
+        search: Literal["fast", "plain"] = Field(
+            "fast", description="plain: one full pass a unit, as the released code"
+        )
         candidates: int = Field(0, ge=0, description="units in one pass; 0: as many as suit")
         ranking: str | None = Field(None, description="a ranking file (.json, .safetensors) instead of measuring")
         cache: bool = Field(True, description="keep scores under $UNMASK_CACHE, by all options, model and data")
@@ -294,7 +307,7 @@ class OPTIN:
             for path, n, before in zip(blocks, kept, lengths, strict=True):
                 if n < before:
                     add_merging(smaller.module.get_submodule(path), n, protected)
-                    smaller.module.surgery.merges[path] = [n, protected]
+                    smaller.surgery.merges[path] = [n, protected]
             over = frame.cost(smaller) - frame.target
             if over <= 1e-6 * frame.target:
                 return smaller, keep, kept

@@ -14,8 +14,8 @@ from unmask.official.load import State, load_strict, without_prefix
 from unmask.official.reshaped import merge_tokens
 from unmask.systems.compression.optin.importance import Setting, Trajectories
 from unmask.systems.compression.optin.scores import Factors, scored
-from unmask.systems.compression.search import mac_units, order_of, search, spent
 from unmask.systems.compression.optin.terms import divergence, manifold, manifold_by_position
+from unmask.systems.compression.search import mac_units, order_of, search, spent
 from unmask.systems.compression.structure import find_structure
 from unmask.systems.compression.surgery import masked
 
@@ -50,7 +50,7 @@ def _bert(c: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
         raise MissingExtra("a BERT", "transformers", "text") from None
     types = state["bert.embeddings.token_type_embeddings.weight"].shape[0]
     model = BertForSequenceClassification(
-        BertConfig(
+        BertConfig(  # type: ignore[call-arg]
             vocab_size=c["vocab_size"],
             hidden_size=c["embed_dim"],
             num_hidden_layers=c["depth"],
@@ -97,7 +97,9 @@ def _components(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str,
             int(s["num_heads"]),
             int(s["mlp_dim"]),
         )
-        masks = [search(given["head_score"], given["neuron_score"], r * costs.base, costs) for r in s["mac_constraints"]]
+        masks = [
+            search(given["head_score"], given["neuron_score"], r * costs.base, costs) for r in s["mac_constraints"]
+        ]
         out["search_head_masks"] = torch.stack([h for h, _ in masks])
         out["search_neuron_masks"] = torch.stack([n for _, n in masks])
         out["search_macs"] = torch.tensor([spent(h, n, costs) for h, n in masks])
@@ -109,9 +111,7 @@ def _components(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str,
     return out
 
 
-def _ranking(
-    c: dict[str, Any], tensors: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], nn.Module, dict[str, Tensor]]:
+def _ranking(c: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], nn.Module, dict[str, Tensor]]:
     module = _bert(c, without_prefix(tensors, "param."))
     model = open_model(module)
     inputs = without_prefix(tensors, "in.")

@@ -23,7 +23,9 @@ Scores = dict[Units, Tensor]
 
 def write_ranking(path: Path, scores: Scores, told: Mapping[str, Any]) -> Path:
     """JSON: for each layer its name, its kind and its scores, and what they were made with."""
-    layers = [{"name": u.name, "kind": u.kind, "scores": [float(f"{v:.9g}") for v in s.tolist()]} for u, s in scores.items()]
+    layers = [
+        {"name": u.name, "kind": u.kind, "scores": [float(f"{v:.9g}") for v in s.tolist()]} for u, s in scores.items()
+    ]
     path.write_text(json.dumps({"format": 1, **told, "layers": layers}, indent=1) + "\n", encoding="utf-8")
     return path
 

@@ -14,8 +14,9 @@ Aggregate = Literal["sum", "mean"]
 
 def rows_of(features: Tensor, rows: Tensor | None) -> Tensor:
     """Unit vectors ``[..., K, D]`` of features ``[..., B, T, D]``: normalised over D, flattened batch-major, some rows taken."""
-    flat = F.normalize(features.float(), dim=-1, eps=1e-12).flatten(-3, -2)
-    return flat if rows is None else flat[..., rows, :]
+    flat = features.flatten(-3, -2)
+    flat = flat if rows is None else flat[..., rows, :]
+    return F.normalize(flat.float(), dim=-1, eps=1e-12)
 
 
 class Manifold:

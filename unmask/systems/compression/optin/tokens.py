@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -101,7 +102,9 @@ def schedule(scores: Tensor, saving: float, cost: Callable[[list[int]], float]) 
         for later in range(layer + 1, layers):
             if new[later] > new[layer]:
                 new[later] -= 1
-        fits = all(k >= least for k in new) and all(a - b <= (a - 1) // 2 for a, b in zip([count, *new[:-1]], new, strict=True))
-        if fits and all(a >= b for a, b in zip(new[:-1], new[1:], strict=True)):
+        fits = all(k >= least for k in new) and all(
+            a - b <= (a - 1) // 2 for a, b in zip([count, *new[:-1]], new, strict=True)
+        )
+        if fits and all(a >= b for a, b in pairwise(new)):
             kept = new
     return kept

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unmask.config import validated
 from unmask.draw import Replay
 from unmask.errors import UserError
 from unmask.nn.positions import sincos_table
@@ -131,14 +132,14 @@ def config_of(sizes: Mapping[str, Any]) -> DiT.Config:
     channels, latent = values.pop("in_channels", 4), values.pop("latent_size", 32)
     stage = values.pop("first_stage", None)
     stage = stage if stage is not None else {"kind": "diffusers"} if channels == 4 else {"kind": "pixels"}
-    stage = FirstStageConfig.model_validate(stage if not isinstance(stage, str) else {"kind": stage})
+    stage = validated(FirstStageConfig, {"kind": stage} if isinstance(stage, str) else stage, where="first_stage")
     factor = 1 if stage.kind == "pixels" else 8
     values.setdefault("image_size", (latent * factor,) * 2)
     if stage.kind == "pixels":
         values.setdefault("channels", channels)
     elif stage.kind == "diffusers" and stage.weights is None and stage.built is None:
         stage = stage.model_copy(update={"weights": "stabilityai/sd-vae-ft-ema"})
-    return DiT.Config.model_validate({**values, "first_stage": stage.plain()})
+    return validated(DiT.Config, {**values, "first_stage": stage.plain()}, where="dit checkpoint")
 
 
 def load_dit(model: DiT, state: Mapping[str, Tensor]) -> DiT:

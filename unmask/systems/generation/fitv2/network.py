@@ -1,8 +1,8 @@
 """The network of FiT and FiTv2: DiT's blocks over sequences of any shape, with rotary positions in rows and columns.
 
 Legend: tokens ``[B, N, P]``, P = channels · p · p; time float ``[B]`` (int64 for diffusion), class ids int64 ``[B]``, the last
-is "none"; grid ``[B, 2, N]`` of (column, row); mask ``[B, N]``: 0 padding, else the image's number in its row; size ``[B, k, 2]`` of
-(rows, columns). Where a row holds k images, time and classes are ``[B, k]``.
+is "none"; grid ``[B, 2, N]`` of (column, row); mask ``[B, N]``: 0 padding, else the image's number in its row; size ``[B, k, 2]``
+of (rows, columns). Where a row holds k images, time and classes are ``[B, k]``.
 """
 
 from __future__ import annotations

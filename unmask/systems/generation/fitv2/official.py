@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from unmask.config import validated
 from unmask.draw import Replay
 from unmask.errors import UserError
 from unmask.nn.rotary import METHODS, rotary_tables
@@ -38,13 +39,13 @@ def load_official(state: Mapping[str, Tensor], options: Mapping[str, Any] | None
     stage = given.pop("first_stage", None)
     if stage is None:
         stage = {"kind": "diffusers", "weights": "stabilityai/sd-vae-ft-ema"} if channels == 4 else {"kind": "pixels"}
-    parsed = FirstStageConfig.model_validate({"kind": stage} if isinstance(stage, str) else stage)
+    parsed = validated(FirstStageConfig, {"kind": stage} if isinstance(stage, str) else stage, where="first_stage")
     factor = 1 if parsed.kind == "pixels" else 8
     side = values["patch_size"] * factor * int(int(given.get("context", 256)) ** 0.5)
     values |= {"image_size": (side, side), "first_stage": parsed.plain()}
     if parsed.kind == "pixels":
         values["channels"] = channels
-    return load_fit(FiTv2(FiTv2.Config.model_validate({**values, **given})), state)
+    return load_fit(FiTv2(validated(FiTv2.Config, {**values, **given}, where="fitv2 checkpoint")), state)
 
 
 def read_sizes(state: Mapping[str, Tensor], channels: int = 4) -> dict[str, Any]:

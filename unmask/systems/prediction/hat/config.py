@@ -38,7 +38,8 @@ class HATConfig(Config):
     )
     in_channels: int | None = Field(None, ge=1, description="3 colour, 1 grey; open: from the data, else 3")
     image_size: int | tuple[int, int] = Field(
-        64, description="side of the training input in pixels; ape ties the network to it, one window switches shifts off"
+        64,
+        description="side of the training input in pixels; ape ties the network to it, one window switches shifts off",
     )
     embed_dim: int = Field(180, ge=1, description="width (D)")
     depths: tuple[int, ...] = Field((6,) * 6, min_length=1, description="hybrid blocks of each group")
@@ -63,7 +64,8 @@ class HATConfig(Config):
     overlapping_attention: bool = Field(True, description="the overlapping attention that ends a group (OCAB)")
     adversarial: Adversarial | None = Field(None, description="second stage of real-world training; open: L1 alone")
     init: str | None = Field(
-        None, description="a run, a folder or an official file to start from; another scale keeps all but its last layers"
+        None,
+        description="a run, a folder or an official file to start from; another scale keeps all but its last layers",
     )
 
     @model_validator(mode="before")
@@ -88,7 +90,9 @@ class HATConfig(Config):
         if self.embed_dim % min(self.heads, default=1) or any(h < 1 or self.embed_dim % h for h in self.heads):
             raise ValueError(f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}")
         if len(self.heads) != len(self.depths):
-            raise ValueError(f"num_heads={self.num_heads} has {len(self.heads)} groups, depths={self.depths} has {len(self.depths)}")
+            raise ValueError(
+                f"num_heads={self.num_heads} has {len(self.heads)} groups, depths={self.depths} has {len(self.depths)}"
+            )
         if min(self.depths) < 1:
             raise ValueError(f"depths={self.depths} must be at least 1 each")
         if self.overlapping_attention and int(self.window_size * self.overlap_ratio) % 2:

@@ -41,11 +41,13 @@ class SpectralConv(nn.Module):
         """frozen: the weight takes no gradient."""
         weight = self.weight_orig.detach() if frozen else self.weight_orig
         flat = weight.flatten(1)
-        if self.training:
-            with torch.no_grad():
-                self.weight_v.copy_(F.normalize(flat.T @ self.weight_u, dim=0, eps=1e-12))
-                self.weight_u.copy_(F.normalize(flat @ self.weight_v, dim=0, eps=1e-12))
-        sigma = torch.dot(self.weight_u.clone(), flat @ self.weight_v.clone())
+        with torch.autocast(x.device.type, enabled=False):
+            if self.training:
+                with torch.no_grad():
+                    self.weight_v.copy_(F.normalize(flat.T @ self.weight_u, dim=0, eps=1e-12))
+                    self.weight_u.copy_(F.normalize(flat @ self.weight_v, dim=0, eps=1e-12))
+            # clones: the next iteration writes into both, and the backward pass still needs these
+            sigma = torch.dot(self.weight_u.clone(), flat @ self.weight_v.clone())
         return F.conv2d(x, weight / sigma, stride=self.stride, padding=1)
 
 
@@ -93,6 +95,7 @@ def _plain(conv: nn.Conv2d, x: Tensor, frozen: bool) -> Tensor:
 
 def adversarial_loss(scores: Tensor, real: bool) -> Tensor:
     """Binary cross-entropy of logits against all-real or all-fake, a mean over pixels."""
+    scores = scores.float()
     return F.binary_cross_entropy_with_logits(scores, scores.new_full((), float(real)).expand_as(scores))
 
 
@@ -117,7 +120,7 @@ class PerceptualLoss:
             with torch.no_grad():
                 y = layer(y)
             if place in FEATURES:
-                total = total + FEATURES[place] * F.l1_loss(x, y)
+                total = total + FEATURES[place] * F.l1_loss(x.float(), y.float())
             if place == max(FEATURES):
                 break
         return total

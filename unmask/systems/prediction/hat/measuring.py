@@ -61,7 +61,7 @@ def measure(
         tile = tile_for(model, ask, low)
         made = model.restored(low.to(where), tile=tile, overlap=overlap_for(model, ask, tile), fade=True).cpu()
         plain = model.enlarged(low)
-        row = {"name": source.name_of(int(images.rows[i])), **compared(made, high, scale)}
+        row: dict[str, Any] = {"name": source.name_of(int(images.rows[i])), **compared(made, high, scale)}
         row["baseline"] = compared(plain, high, scale)
         rows.append(row)
         if tell is not None and (number + 1) % max(len(chosen) // 10, 1) == 0:

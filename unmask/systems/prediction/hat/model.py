@@ -34,7 +34,7 @@ from unmask.systems.prediction.hat.predicting import Ask, predict, restored
 from unmask.systems.prediction.hat.start import start_from
 from unmask.systems.prediction.results import PictureResult
 
-RECENT = 50  # steps that a trivial predictor's loss is a mean over
+RECENT = 200  # the most steps that a trivial predictor's loss is a mean over
 
 
 class HAT(Trainable):
@@ -77,9 +77,7 @@ class HAT(Trainable):
         source = open_source(
             data.uri, data.split, columns=data.columns, limit=data.limit, cache=data.cache, workers=data.workers
         )
-        return RestorationBatches(
-            source, data, batch_size, seed, scale=scale, size=size, channels=config.in_channels
-        )
+        return RestorationBatches(source, data, batch_size, seed, scale=scale, size=size, channels=config.in_channels)
 
     @classmethod
     def adapted(cls, config: Any, facts: DataFacts) -> Any:
@@ -182,7 +180,9 @@ class HAT(Trainable):
             return {}
         name = "bicubic" if self.config.scale > 1 else "the input as it is"
         if self.training and self._plain:
-            return {name: torch.stack(list(self._plain)).mean()}
+            # the last twentieth of the run, in tens, as the loss that is told at its end
+            recent = max((progress.steps if progress else 1) // 200 * 10, 10)
+            return {name: torch.stack(list(self._plain)[-recent:]).mean()}
         return {name: self.plain_error(self.low_of(batch), batch.get("sharp", batch["image"]))}
 
     @torch.no_grad()

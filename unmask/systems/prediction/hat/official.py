@@ -17,6 +17,7 @@ from unmask.data.bicubic import resize_bicubic
 from unmask.errors import UserError
 from unmask.nn.windows import cut, overlapping_index, window_index
 from unmask.official.load import Rule, load_strict, rename, without_prefix
+from unmask.systems.prediction.hat.config import HATConfig
 from unmask.systems.prediction.hat.discriminator import UNetDiscriminator, adversarial_loss
 from unmask.systems.prediction.hat.model import HAT
 from unmask.systems.prediction.metrics import psnr, ssim
@@ -28,8 +29,13 @@ RULES = [
     Rule(r"relative_position_index_(SA|OCA)$", None),  # computed
     Rule(r"attn_mask$", None),
     Rule(r"^(mean)$", None),
-    Rule(r"^layers\.(\d+)\.residual_group\.blocks\.(\d+)\.conv_block\.cab\.0\.", r"groups.\1.blocks.\2.channels.compress."),
-    Rule(r"^layers\.(\d+)\.residual_group\.blocks\.(\d+)\.conv_block\.cab\.2\.", r"groups.\1.blocks.\2.channels.expand."),
+    Rule(
+        r"^layers\.(\d+)\.residual_group\.blocks\.(\d+)\.conv_block\.cab\.0\.",
+        r"groups.\1.blocks.\2.channels.compress.",
+    ),
+    Rule(
+        r"^layers\.(\d+)\.residual_group\.blocks\.(\d+)\.conv_block\.cab\.2\.", r"groups.\1.blocks.\2.channels.expand."
+    ),
     Rule(
         r"^layers\.(\d+)\.residual_group\.blocks\.(\d+)\.conv_block\.cab\.3\.attention\.1\.",
         r"groups.\1.blocks.\2.channels.squeeze.",
@@ -59,7 +65,7 @@ def load_official(state: Mapping[str, Tensor], options: Mapping[str, Any] | None
 
     Raises ``UserError`` when the state is of another system.
     """
-    config = HAT.Config(**{**read_sizes(state), **dict(options or {})})
+    config = HATConfig(**{**read_sizes(state), **dict(options or {})})
     model = HAT(config)
     load_strict(model.network, rename(state, RULES), where="hat checkpoint")
     return model.eval()
@@ -119,13 +125,13 @@ def upsampling(state: Mapping[str, Tensor]) -> dict[str, Any]:
     return {"scale": 3 if three else 2 ** len(convs), "reconstruction_dim": width}
 
 
-def config_of(values: Mapping[str, Any]) -> HAT.Config:
+def config_of(values: Mapping[str, Any]) -> HATConfig:
     """Our config from the authors' option names."""
     get = values.get
     upsampler = get("upsampler", "pixelshuffle")
     size = get("img_size", 64)
     heads = get("num_heads", (6,) * 6)
-    return HAT.Config(
+    return HATConfig(
         scale=get("upscale", 2) if upsampler == "pixelshuffle" else 1,
         upsampler="pixelshuffle" if upsampler == "pixelshuffle" else "none",
         in_channels=get("in_chans", 3),
@@ -205,7 +211,9 @@ def network_case(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Ca
 
 def discriminator_case(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Case:
     image = tensors["in.image"]
-    model = UNetDiscriminator(config.get("num_in_ch", 3), config.get("num_feat", 64), config.get("skip_connection", True))
+    model = UNetDiscriminator(
+        config.get("num_in_ch", 3), config.get("num_feat", 64), config.get("skip_connection", True)
+    )
     load_strict(model, {**without_prefix(tensors, "param."), **without_prefix(tensors, "buffer.")}, where="hat case")
     model.eval()
     scores = model(image)

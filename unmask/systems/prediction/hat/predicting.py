@@ -32,7 +32,9 @@ class Ask(Config):
 
     scale: int | None = Field(None, description="a check: the network has one scale, and another is refused")
     tile: int | None = Field(
-        None, ge=0, description="side of a tile in input pixels, a multiple of the window; 0: never; open: for large inputs"
+        None,
+        ge=0,
+        description="side of a tile in input pixels, a multiple of the window; 0: never; open: for large inputs",
     )
     overlap: int | None = Field(
         None,
@@ -90,9 +92,7 @@ def restored(
             elif fade and overlap:
                 made = faded(run, padded, tile=tile, overlap=overlap, scale=config.scale, batch=batch, tell=tell)
             else:
-                made = in_tiles(
-                    run, padded, tile=tile, overlap=overlap, scale=config.scale, batch=batch, tell=tell
-                )
+                made = in_tiles(run, padded, tile=tile, overlap=overlap, scale=config.scale, batch=batch, tell=tell)
     finally:
         model.train(training)
     return made[..., : height * config.scale, : width * config.scale]
@@ -198,9 +198,10 @@ def one(model: HAT, item: Any, position: int, ask: Ask, tell: Callable[[int, int
     device = model.network.shallow.weight.device
     low = low.to(device)
     tile = tile_for(model, ask, low)
-    how = {"tile": tile, "overlap": overlap_for(model, ask, tile), "batch": ask.batch, "fade": True}
+    overlap = overlap_for(model, ask, tile)
+    how: dict[str, Any] = {"tile": tile, "overlap": overlap, "batch": ask.batch, "fade": True}
     if tile is not None:
-        notes |= {"tile": tile, "overlap": how["overlap"]}
+        notes |= {"tile": tile, "overlap": overlap}
     if ask.ensemble:
         notes["ensemble"] = True
 

@@ -23,7 +23,9 @@ def start_from(model: HAT, place: str | Path) -> None:
     wanted = model.network.state_dict()
     missing = [n for n in wanted if n not in state and not n.startswith("reconstruct.")]
     left = [n for n in state if n not in wanted and not n.startswith("reconstruct.")]
-    shapes = [n for n in wanted if n in state and state[n].shape != wanted[n].shape and not n.startswith("reconstruct.")]
+    shapes = [
+        n for n in wanted if n in state and state[n].shape != wanted[n].shape and not n.startswith("reconstruct.")
+    ]
     if missing or left or shapes:
         name = (missing or left or shapes)[0]
         what = "lacks" if missing else "has besides" if left else f"has another shape ({tuple(state[name].shape)}) for"

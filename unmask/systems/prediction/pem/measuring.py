@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from unmask.contracts import Batch, Picture
 from unmask.data.maps import Sample, SegmentationBatches, SegmentationData
 from unmask.data.showing import displayable, uint8_images
 from unmask.errors import UserError
+from unmask.systems.prediction.drawing import as_picture, scaled
 from unmask.systems.prediction.mask_inference import Merged, merge
 from unmask.systems.prediction.metrics import MeanIoU, PanopticQuality
 from unmask.systems.prediction.pem.answers import Ask, segmentation
@@ -140,8 +141,8 @@ def drawn(model: PEM, shown: list[tuple[Sample, Merged]], folder: Path, *, panop
 
     pictures = []
     for place, (sample, answer) in enumerate(shown):
-        task = "panoptic" if panoptic else "semantic"
-        said = segmentation(answer, model.classes, task, model.things, Ask(), "", sample.image)  # type: ignore[arg-type]
+        task: Literal["semantic", "panoptic"] = "panoptic" if panoptic else "semantic"
+        said = segmentation(answer, model.classes, task, model.things, Ask(), "", sample.image)
         parts = [truth_of(sample, model, panoptic=panoptic).overlay(size=320), said.overlay(size=320)]
         sheet = Image.new("RGB", (max(p.width for p in parts), sum(p.height for p in parts) + 8), "white")
         sheet.paste(parts[0], (0, 0))
@@ -153,23 +154,29 @@ def drawn(model: PEM, shown: list[tuple[Sample, Merged]], folder: Path, *, panop
 
 
 def preview(model: PEM, batch: Batch) -> Picture:
-    """Image, truth and prediction of up to four samples."""
+    """Image, truth and prediction of up to four samples, without their padding."""
     images = batch["image"][:4]
     panoptic = "segments" in batch and bool(model.things)
-    size = (images.shape[2], images.shape[3])
-    sizes = torch.tensor([size] * len(images))
-    task = "panoptic" if panoptic else "semantic"
+    task: Literal["semantic", "panoptic"] = "panoptic" if panoptic else "semantic"
+    whole = torch.tensor([images.shape[2:]] * len(images))
+    sizes = batch.get("size", whole)[:4].cpu()
     training = model.training
     model.eval()
-    found = answered(model, images, sizes, [size] * len(images), (task,), Ask(object_mask_threshold=0.5))
+    rules = Ask(object_mask_threshold=0.5)
+    found = answered(model, images, sizes, [tuple(size) for size in sizes.tolist()], (task,), rules)
     model.train(training)
     rows = []
     photos = uint8_images(displayable(images, model.encoder.preprocessing))
-    for i, (photo, answer) in enumerate(zip(photos, found, strict=True)):
-        truth = batch["map"][i].cpu().numpy().astype(np.int32)
-        ids = batch["segments"][i].cpu().numpy().astype(np.int32) if panoptic else None
+    for i, (answer, (high, wide)) in enumerate(zip(found, sizes.tolist(), strict=True)):
+        photo = np.ascontiguousarray(photos[i][:high, :wide])
+        truth, *ids = (
+            batch[key][i, :high, :wide].cpu().numpy().astype(np.int32)
+            for key in (("map", "segments") if panoptic else ("map",))
+        )
         labels = tuple(batch["segment_labels"][i].tolist()) if panoptic else ()
-        true = truth_of(Sample(photo, truth, ids, labels), model, panoptic=panoptic)
-        said = segmentation(answer, model.classes, task, model.things, Ask(), "", photo)  # type: ignore[arg-type]
-        rows.append([np.asarray(photo), *(np.asarray(x.overlay(size=224)) for x in (true, said))])
+        true = truth_of(Sample(photo, truth, ids[0] if ids else None, labels), model, panoptic=panoptic)
+        said = segmentation(answer, model.classes, task, model.things, rules, "", photo)
+        rows.append(
+            [np.asarray(scaled(as_picture(photo), 224)), *(np.asarray(x.overlay(size=224)) for x in (true, said))]
+        )
     return Picture("segmentation", ["image", "truth", "prediction"], rows)

@@ -58,7 +58,7 @@ def robust_pairs(
 
 @dataclass
 class Answer:
-    """left_of_right ``[D]``; shares ``[D, D]`` of runs; fixed: pairs (global) that were given or became robust; rounds: how many."""
+    """left_of_right ``[D]``; shares ``[D, D]`` of runs; fixed: pairs (global), given or robust; rounds: how many."""
 
     left_of_right: Tensor
     shares: Tensor

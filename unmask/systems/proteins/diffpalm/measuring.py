@@ -130,8 +130,7 @@ def _order_gap(model: DiffPALM, table: Table, left: Alignment, right: Alignment,
     """How much lower the masked loss of the true order is than that of orders shuffled inside species, on the same masks."""
     truth = torch.from_numpy(table.truth)
     orders: list[Tensor] = [truth]
-    for k in range(SHUFFLED):
-        orders.append(scores.random_partners(table.problem, Scoped(draw, f"gap{number}.{k}")))
+    orders += [scores.random_partners(table.problem, Scoped(draw, f"gap{number}.{k}")) for k in range(SHUFFLED)]
     losses = order_losses(
         model.network,
         *table.tokens(left, right),

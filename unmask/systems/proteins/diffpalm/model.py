@@ -7,7 +7,8 @@ of the left letters and descend, by the loss of an MSA Transformer, on the permu
     (pairs,) = model.predict(["malg.fasta", "malk.fasta"], runs=5)
     pairs.save("pairs.csv")
 
-The network is ESM's (``weights=FILE``), that of another run (``model=RUN``), or one that ``unmask train diffpalm`` trained on known pairs.
+The network is ESM's (``weights=FILE``), that of another run (``model=RUN``), or one that ``unmask train diffpalm`` trained on
+known pairs.
 """
 
 from __future__ import annotations
@@ -130,6 +131,7 @@ class DiffPALM(Trainable):
     config: Config
 
     def __init__(self, config: Config, network: MSANetwork | None = None):
+        brought = network is not None or bool(config.model)
         if network is None and config.model:
             from unmask.official.hub import load_trainable
 
@@ -143,6 +145,7 @@ class DiffPALM(Trainable):
             # what is saved later stands by itself
             config = config.model_copy(update={"model": "", "network": network.config, **more})
         super().__init__(config)
+        self.brings_weights = brought  # not at random initialisation
         self.network = network if network is not None else MSANetwork(config.network)
 
     @classmethod
@@ -259,7 +262,7 @@ class DiffPALM(Trainable):
         return [pair_files(self, left, right, ask, tell=tell)]
 
     def cut(self, left: Alignment, right: Alignment) -> tuple[Alignment, Alignment]:
-        """Both alignments with the columns that the network was trained on. Raises ``UserError`` where they are of other proteins."""
+        """Both alignments with the columns that the network was trained on. Raises ``UserError`` for other proteins'."""
         if self.config.lengths is not None and self.config.kept is not None:
             for side, length in zip((left, right), self.config.lengths, strict=True):
                 if side.columns != length:
@@ -274,8 +277,8 @@ class DiffPALM(Trainable):
 
 
 def chosen_columns(data: AlignmentSettings, count: int | None) -> list[list[int]] | None:
-    """Of each side the ``count`` columns that tell most about the other: each by its largest mutual information with a column of the
-    other side, in the training rows. None where all are kept."""
+    """Of each side the ``count`` columns that tell most about the other: each by its largest mutual information with a column of
+    the other side, in the training rows. None where all are kept."""
     family = families(data)[0]
     first = family.left or 0
     if count is None or (count >= first and count >= family.whole.columns - first):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,13 +73,15 @@ def pair_table(
     """Pair one table, by the score that is asked for. left, right: cut to the network's columns."""
     problem = table.problem
     if max([*problem.free_sizes, 0]) < 2:  # each row has its partner already
-        for p, q in zip(functools.reduce(operator.iadd, problem.free_left, []), functools.reduce(operator.iadd, problem.free_right, []), strict=True):
-            problem.known.append((p, q))
         order = torch.zeros(problem.rows, dtype=torch.int64)
         for p, q in problem.known:
             order[q] = p
+        for lefts, rights in zip(problem.free_left, problem.free_right, strict=True):
+            order[rights] = torch.tensor(lefts, dtype=torch.int64)
         shares = torch.nn.functional.one_hot(order, problem.rows).T.double()
-        return Solved(Answer(order, shares, list(problem.known), 0), torch.ones(problem.rows))
+        return Solved(
+            Answer(order, shares, [(p, q) for q, p in enumerate(order.tolist())], 0), torch.ones(problem.rows)
+        )
     if ask.score == "language_model":
         return _by_model(model, table, left, right, ask, draw, positive, tell)
     return _by_baseline(table, left, right, ask, draw)

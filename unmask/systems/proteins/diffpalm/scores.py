@@ -38,7 +38,7 @@ def two_body_entropy(left: Tensor, right: Tensor) -> Tensor:
 
 
 def information_loss(left: Tensor, right: Tensor) -> Loss:
-    """Of a permutation ``[D, D]``: two-body entropy less the left columns' own; minus the mutual information, but for a constant."""
+    """Of a permutation ``[D, D]``: two-body entropy less the left columns' own: minus the mutual information, plus a constant."""
 
     def loss(permutation: Tensor) -> Tensor:
         moved = (permutation.T @ left.flatten(1)).unflatten(1, left.shape[1:])

@@ -25,9 +25,9 @@ GAP_ROW = -1
 
 @dataclass
 class Table:
-    """Some whole species of both alignments. left, right: rows of the files (``GAP_ROW``: a row of gaps), grouped by species; the left
-    ones shuffled. problem: what is free and fixed. truth ``[D]``: the left place of each right place, -1 unknown; None where nothing
-    is known."""
+    """Some whole species of both alignments. left, right: rows of the files (``GAP_ROW``: a row of gaps), grouped by species; the
+    left ones shuffled. problem: what is free and fixed. truth ``[D]``: the left place of each right place, -1 unknown; None where
+    nothing is known."""
 
     species: list[str]
     left: np.ndarray

@@ -1,0 +1,1 @@
+"""A text encoder with classes on top: the fine-tuning of every encoder of this room, and their baseline."""
