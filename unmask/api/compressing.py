@@ -321,8 +321,10 @@ def _learned(
 ) -> dict[str, Any]:
     """A compressor that learns is trained by the engine inside OUT; what it makes of the model lies in ``OUT/model``."""
     from unmask.api.loading import load
+    from unmask.api.measuring import evaluate
     from unmask.api.training import train
     from unmask.engine.run import write_json
+    from unmask.models import open_model
 
     if out is None:
         raise UserError(f"where to? {cls.slug} is trained: unmask compress {model} --method {cls.slug} -o DIR")
@@ -330,12 +332,18 @@ def _learned(
     if "model" in cls.Config.model_fields and isinstance(model, (str, Path)):
         words = {"model": str(model), **words} if isinstance(words, dict) else [f"model={model}", *words]
     folder = Path(out) / "training"
-    run = train(cls.slug, data=data, out=folder, seed=seed, device=device, overrides=words, talk=say, probe=False)
+    recipe = cls.recipe_for(open_model(model)) if hasattr(cls, "recipe_for") else None
+    run = train(
+        cls.slug, data=data, recipe=recipe, out=folder, seed=seed, device=device, overrides=words, talk=say, probe=False
+    )
     system: Any = load(run, whole=True)
     made = system.finish()
     if made is None:
         raise UserError(f"{cls.slug} was trained and made nothing of the model")
     report = {"format": 1, "method": cls.slug, "model": str(model), "seed": seed, "rows": [], **made.report}
+    if system.measures:
+        say("measuring it beside the original and the usual baselines ...")
+        report["scores"] = evaluate(run, device=device, talk=say)
     user = getattr(system, "user", None)
     if user is not None:
         from dataclasses import replace

@@ -185,7 +185,7 @@ def load_trainable(folder_or_id: str | Path, expected: type[Trainable] | None = 
         surgery = Surgery.of(described["surgery"])
         reshape(model, surgery)
         if model.encoder is not None:
-            model.encoder.surgery = surgery.under("encoder")
+            model.encoder.surgery = surgery.under("encoder")  # type: ignore[assignment]
     load_strict(model, read_checkpoint(folder / WEIGHTS), where=folder / WEIGHTS)
     if model.encoder is not None and described.get("preprocessing"):
         model.encoder.preprocessing = Preprocessing.of(described["preprocessing"])

@@ -30,12 +30,16 @@ def page(folder: str | Path) -> Path:
         picture=embedded(folder / "importance.png"),
         loads=_loads(report, folder),
         budget=_budget(report.get("budget") or {}),
-        data=report.get("data") or "",
+        data=_capital(report.get("data") or ""),
         refused=sorted(((report.get("importance") or {}).get("refused") or {}).items())[:20],
         options=sorted((report.get("options") or {}).items()),
         tokens=(report.get("importance") or {}).get("tokens"),
     )
     return write_page(folder / NAME, text)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _lede(rows: list[dict[str, Any]], key: str, method: str) -> str:
@@ -77,7 +81,11 @@ def _budget(budget: dict[str, Any]) -> str:
     if not budget:
         return ""
     amount = f"{100 * budget['amount']:g} %" if budget.get("relative") else f"{budget['amount']:g}"
-    return f"{amount} of the {budget['kind']}" if budget.get("relative") else f"{amount} {budget['kind']}"
+    return (
+        f"{amount} of the {budget['kind'].replace('macs', 'multiply-adds')}"
+        if budget.get("relative")
+        else f"{amount} {budget['kind']}"
+    )
 
 
 def _loads(report: dict[str, Any], folder: Path) -> list[str]:
@@ -86,7 +94,7 @@ def _loads(report: dict[str, Any], folder: Path) -> list[str]:
     if told.get("plain"):
         options = ", ".join(f"{k}={v}" for k, v in (told.get("options") or {}).items())
         lines.append(f"Its own library builds the smaller architecture by its options: {options}." if options else "")
-    elif told.get("why"):
+    elif told.get("why") and "another library" not in told["why"]:
         lines.append(f"Its own library's options cannot describe it: {told['why']}.")
     if (folder / "load_plain.py").is_file():
         lines.append("load_plain.py loads it without unmask.")

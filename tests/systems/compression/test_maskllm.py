@@ -344,3 +344,57 @@ def test_noise_is_named_by_layer():
     assert torch.equal(masks[0], masks[2])
     again = a.draw_mask(Seeded(0, 3), 1.0, 1.0, hard=False, recompute=True)
     torch.testing.assert_close(again, masks[0])
+
+
+def test_the_command_leaves_a_model_its_masks_and_a_table(language_model, tmp_path, monkeypatch):
+    run, at = language_model
+    monkeypatch.setenv("UNMASK_CACHE", str(at / "cache"))
+    words = ["train.steps=3", "train.batch_size=8", "data.length=32", "calibration=16"]
+    report = unmask.compress(
+        str(run),
+        method="maskllm",
+        data=str(at / "poem-train.txt"),
+        out=tmp_path / "small",
+        overrides=words,
+        talk=lambda _: None,
+    )
+    assert set(report["scores"]["baseline"]) == {"dense", "magnitude", "wanda", "sparsegpt", "sparsegpt with update"}
+    assert report["bytes"]["masked"] < 0.6 * report["bytes"]["dense"]
+    assert (tmp_path / "small" / "mask_compressed.npz").is_file()
+    smaller = open_model(tmp_path / "small" / "model")
+    weight = smaller.module.blocks[0].mlp.fc1.weight
+    assert set((weight.reshape(-1, 4) != 0).sum(1).tolist()) <= {0, 1, 2}
+    from unmask.cli.commands.compressing import table
+
+    columns, rows = table(report)
+    assert "perplexity, learned masks" in columns
+    assert [row[0] for row in rows] == [
+        "this model",
+        "dense",
+        "magnitude",
+        "wanda",
+        "sparsegpt",
+        "sparsegpt with update",
+    ]
+
+
+def test_masks_of_an_image_classifier(tmp_path):
+    run = unmask.train(
+        "classifier",
+        data="sample:fashion",
+        recipe="tiny",
+        steps=5,
+        batch_size=32,
+        out=tmp_path / "clf",
+        overrides=["data.limit=200"],
+        probe=False,
+        talk=lambda _: None,
+    )
+    words = ["train.epochs=null", "train.steps=3", "train.batch_size=16", "data.limit=100", "calibration=8"]
+    report = unmask.compress(
+        str(run), method="maskllm", data="sample:fashion", out=tmp_path / "small", overrides=words, talk=lambda _: None
+    )
+    assert 0 <= report["scores"]["top1"] <= 1
+    assert "dense" in report["scores"]["baseline"]
+    with pytest.raises(UserError, match="masks language models"):
+        MaskLLM(MaskLLM.Config(model=str(run)))

@@ -84,6 +84,11 @@ def compress_command(
 def table(report: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
     """The report's rows as a person reads them; shares are of the original."""
     rows = report.get("rows") or []
+    if not rows and report.get("scores"):  # a compressor that learned: its own metrics beside those of one-shot methods
+        from unmask.api.closing import own_rows
+
+        names, of_methods = own_rows(report["scores"])
+        return ("model", *names), [tuple(row) for row in of_methods]
     if not rows:
         return (), []
     first = rows[0]

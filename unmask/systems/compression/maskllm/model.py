@@ -103,6 +103,11 @@ class MaskLLM(Trainable):
         return found
 
     @classmethod
+    def recipe_for(cls, model: UserModel) -> str:
+        """The recipe for a user's model: masks of an image classifier are learned otherwise than those of a language model."""
+        return "vision" if model.kind == "image classifier" else "tiny"
+
+    @classmethod
     def build(cls, config: Any, sources: Mapping[str, Path] | None = None) -> MaskLLM:
         if sources and "model" in sources:
             config = config.model_copy(update={"model": str(sources["model"])})
@@ -271,6 +276,11 @@ class MaskLLM(Trainable):
         self.prepare()
         masks = self.final_masks()
         report: dict[str, Any] = {"pattern": self.config.pattern, "layers": list(masks), "prior": self.config.prior}
+        dense = sum(layer.dense.numel() * layer.dense.element_size() for layer in self.masked.values())
+        report["bytes"] = {  # of the masked layers: kept values, and one bit a weight that says which
+            "dense": dense,
+            "masked": int(dense * self.keep / self.group + sum(m.numel() for m in masks.values()) / 8),
+        }
         report["kept"] = float(sum(m.sum() for m in masks.values()) / max(sum(m.numel() for m in masks.values()), 1))
         own = {n: m.T if self.masked[n].transposed else m for n, m in masks.items()}
         model = unwrapped(self.opened(self.config).module, self.network, masks)
