@@ -73,10 +73,12 @@ def export(
     *,
     to: str = "safetensors",
     out: str | Path | None = None,
+    whole: bool = False,
     model_options: Mapping[str, Any] | None = None,
 ) -> str:
     """An encoder in a format that others read: ``safetensors`` (config.json beside it), ``timm``, ``onnx``, or ``hub`` (uploads
-    to the repository ``out``). Returns the folder, or the address. Raises ``UserError`` in one line.
+    to the repository ``out``). whole: a classifier or language model with its head instead, to ONNX (``model.onnx`` gives
+    ``logits``). Returns the folder, or the address. Raises ``UserError`` in one line.
     """
     from unmask.api.loading import load
     from unmask.contracts import Encoder
@@ -88,6 +90,13 @@ def export(
     if out is None:
         place = "user/name" if to == "hub" else "DIR"
         raise UserError(f"where to? unmask export {model} --to {to} -o {place}")
+    if whole:
+        from unmask.models import open_model
+
+        if to != "onnx":
+            raise UserError(f"--whole goes to onnx, not to {to}: the whole system of a run lies in its model/ folder")
+        refuse_occupied(Path(out))
+        return str(open_model(model, **(model_options or {})).export_onnx(out))
     encoder = load(model, **(model_options or {}))
     if not isinstance(encoder, Encoder):
         raise UserError(f"{encoder.slug or type(encoder).__name__} has no encoder to export: share its model/ folder")

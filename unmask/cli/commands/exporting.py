@@ -25,6 +25,9 @@ def export_command(
     out: Annotated[
         str | None, typer.Option("--out", "-o", help="A folder; for --to hub the repository: user/name.")
     ] = None,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="With its head: a classifier's answers, to onnx only.")
+    ] = False,
 ) -> None:
     """Take the encoder away in a format that others read.
 
@@ -33,9 +36,10 @@ def export_command(
     import unmask
     from unmask.config import words as as_options
 
-    place = unmask.export(run, to=to, out=out, model_options=as_options(words or []))
+    place = unmask.export(run, to=to, out=out, whole=whole, model_options=as_options(words or []))
     speech.result(place)
-    speech.say(f"load it with: {_how(to, place)}")
+    how = _how(to, place)
+    speech.say(f"load it with: {how.replace('encoder.onnx', 'model.onnx') if whole else how}")
 
 
 def _how(to: str, place: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -46,9 +47,13 @@ class LimePackage:
         colours = {"grey": _mean_colour(known), "black": (0.0,) * 3, "white": (1.0,) * 3, "mean": None}
         if c.masking not in colours:
             known_words = ", ".join(colours)
-            raise UserError(f"the lime package hides with {known_words}, not {c.masking}: the method {c.masking} is LIME with it")
+            raise UserError(
+                f"the lime package hides with {known_words}, not {c.masking}: the method {c.masking} is LIME with it"
+            )
         if image.shape[0] not in (1, 3):
-            raise UserError(f"the lime package takes pictures of 1 or 3 channels, not {image.shape[0]}: method=grey is LIME, too")
+            raise UserError(
+                f"the lime package takes pictures of 1 or 3 channels, not {image.shape[0]}: method=grey is LIME, too"
+            )
         label = int(likeliest(model, image).argmax()) if target is None else target
         segments = checked(c.segments(picture_of(image, model.preprocessing))).cpu()
         mean, std = (torch.tensor(v)[:, None, None] for v in (known.mean, known.std))
@@ -65,6 +70,8 @@ class LimePackage:
             return found.cpu().double().numpy()
 
         state = int(draw.integers("lime", 0, 2**31 - 1, (1,), shared=True))
+        quiet = {"progress_bar": False}  # the progress is told by us; not every version has one of its own
+        known_words = inspect.signature(LimeImageExplainer.explain_instance).parameters
         explained = LimeImageExplainer(c.kernel_width, random_state=state).explain_instance(
             pixels,
             answer,
@@ -75,7 +82,7 @@ class LimePackage:
             batch_size=c.batch_size,
             segmentation_fn=lambda _: segments.numpy(),
             num_features=count_of(segments),
-            progress_bar=False,
+            **{k: v for k, v in quiet.items() if k in known_words},
         )
         weights = torch.zeros(count_of(segments))
         for region, value in explained.local_exp[label]:
@@ -171,7 +178,9 @@ class CaptumMethod:
                     return attr.KernelShap(scores).attribute(
                         x, target=label, feature_mask=mask, n_samples=100 * c.samples // 4, perturbations_per_eval=32
                     )
-                return attr.FeatureAblation(scores).attribute(x, target=label, feature_mask=mask, perturbations_per_eval=16)
+                return attr.FeatureAblation(scores).attribute(
+                    x, target=label, feature_mask=mask, perturbations_per_eval=16
+                )
         if self.name == "gradcam":
             layer = _layer(scores, c.layer)
             found = attr.LayerGradCam(scores, layer).attribute(x, target=label)
@@ -201,7 +210,9 @@ def _layer(scores: nn.Module, name: str) -> nn.Module:
         return modules[name]
     convolutions = [m for m in modules.values() if isinstance(m, nn.Conv2d)]
     if len(convolutions) < 2:
-        raise UserError("gradcam reads the last convolution, and this model has one at its entrance only: gradcam.layer=NAME")
+        raise UserError(
+            "gradcam reads the last convolution, and this model has one at its entrance only: gradcam.layer=NAME"
+        )
     return convolutions[-1]
 
 
