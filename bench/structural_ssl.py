@@ -3,9 +3,12 @@
     python bench/structural_ssl.py [--data TEXT] [--dim 192] [--depth 6] [--length 64] [--batch 32] [--vocabulary 8192] [--rounds 5]
                                    [--threads N] [--json FILE]
 
-Objectives: MLM with the logits of every place (transformers' BertForMaskedLM with the same weights, rows and labels, and ours), MLM at the
-chosen places alone, RTS. Losses of the three MLMs are asserted equal. Packed: the same texts, as many, in rows of several texts and in rows of one,
-padded; the loss is asserted equal. Forward and backward, fp32, no dropout; sides take turns; ratios are of medians (above 1: ours is faster).
+Objectives: MLM with the logits of every place (transformers' BertForMaskedLM with the same weights, rows and labels, and
+ours), MLM at the
+chosen places alone, RTS. Losses of the three MLMs are asserted equal. Packed: the same texts, as many, in rows of several
+texts and in rows of one,
+padded; the loss is asserted equal. Forward and backward, fp32, no dropout; sides take turns; ratios are of medians (above 1:
+ours is faster).
 Text: real where --data is given (a column of sentences or paragraphs), else lengths drawn like those of paragraphs.
 """
 
@@ -25,8 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unmask.draw import Seeded
-from unmask.systems.language.checkpoints import adopt, config_of, ours
-from unmask.systems.language.checkpoints import Start
+from unmask.systems.language.checkpoints import Start, adopt, config_of, ours
 from unmask.systems.language.structural_ssl.model import StructuralSSL
 from unmask.systems.language.structural_ssl.structure import Row, packed, padded
 
@@ -85,7 +87,14 @@ def systems(asked: argparse.Namespace, vocabulary: int) -> tuple[Any, Structural
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("dim", 192), ("depth", 6), ("length", 64), ("batch", 32), ("vocabulary", 8192), ("rounds", 5)):
+    for name, default in (
+        ("dim", 192),
+        ("depth", 6),
+        ("length", 64),
+        ("batch", 32),
+        ("vocabulary", 8192),
+        ("rounds", 5),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--data", type=Path)
@@ -128,12 +137,15 @@ def main() -> None:
     for name, seconds in times.items():
         print(f"  {name:18} {seconds * 1000:8.1f} ms   {times['transformers'] / seconds:5.2f}x of transformers")
 
-    rows = [Row(t, np.where((t == 2) | (t == 3), -100, np.arange(len(t))), np.zeros(len(t), np.int64)) for t in found[: 2 * asked.batch]]
+    rows = [
+        Row(t, np.where((t == 2) | (t == 3), -100, np.arange(len(t))), np.zeros(len(t), np.int64))
+        for t in found[: 2 * asked.batch]
+    ]
     wide = asked.length
     alone, together = padded(rows, 0), packed(rows, 0, wide)
     alone_changed, alone_labels = mlm.changed(alone, Seeded(1))
     # the same tokens hidden in both
-    wanted = [r for r in range(len(rows))]
+    wanted = list(range(len(rows)))
     packed_changed, packed_labels = together["tokens"].clone(), torch.full_like(together["tokens"], -100)
     for r in wanted:
         (row, at), size = together["starts"][r].tolist(), len(rows[r].tokens)
@@ -152,8 +164,14 @@ def main() -> None:
     spent = taking_turns(pair, asked.rounds)
     full = [float((b["attention_mask"] > 0).float().mean()) for b in (alone, together)]
     results |= {"packing": spent, "full": full, "rows": [len(alone["tokens"]), len(together["tokens"])]}
-    print(f"{len(rows)} texts, MLM step: padded {results['rows'][0]} rows, {100 * full[0]:.0f} % text; packed {results['rows'][1]}, {100 * full[1]:.0f} %")
-    print(f"  padded {spent['padded'] * 1000:.1f} ms, packed {spent['packed'] * 1000:.1f} ms: {spent['padded'] / spent['packed']:.2f}x")
+    print(
+        f"{len(rows)} texts, MLM step: padded {results['rows'][0]} rows, {100 * full[0]:.0f} % text; "
+        f"packed {results['rows'][1]}, {100 * full[1]:.0f} %"
+    )
+    print(
+        f"  padded {spent['padded'] * 1000:.1f} ms, packed {spent['packed'] * 1000:.1f} ms: "
+        f"{spent['padded'] / spent['packed']:.2f}x"
+    )
     if asked.json:
         asked.json.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -53,7 +53,9 @@ def test_actions_follow_the_cumulative_shares():
     assert actions(uniform, (0.8, 0.1, 0.1)).tolist() == [0, 0, 1, 1, 2, 2]
     assert actions(uniform, (0.0, 1.0, 0.0)).tolist() == [1] * 6
     tokens = torch.full((6,), 9)
-    assert corrupt(tokens, torch.ones(6, dtype=torch.bool), actions(uniform, (0.8, 0.1, 0.1)), torch.full((6,), 5), 4).tolist() == [
+    assert corrupt(
+        tokens, torch.ones(6, dtype=torch.bool), actions(uniform, (0.8, 0.1, 0.1)), torch.full((6,), 5), 4
+    ).tolist() == [
         4,
         4,
         5,

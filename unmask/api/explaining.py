@@ -20,10 +20,14 @@ class Ask(Config):
 
     target: int | str | None = Field(None, description="the class to explain, by number or name; open: the likeliest")
     seed: int = Field(0, description="of masks and noises")
-    judge: str = Field("", description="the masking of deletion and insertion curves; open: the one that suits the model")
+    judge: str = Field(
+        "", description="the masking of deletion and insertion curves; open: the one that suits the model"
+    )
     steps_of_curves: int = Field(20, ge=2, description="points of deletion and insertion curves")
     sensitivity: int = Field(0, ge=0, description="noises to measure sensitivity with; 0: leave it out (it is slow)")
-    object: str = Field("", description="a mask of the object (PNG, white = object): coverage and overlap of region methods")
+    object: str = Field(
+        "", description="a mask of the object (PNG, white = object): coverage and overlap of region methods"
+    )
 
 
 @dataclass
@@ -194,7 +198,9 @@ def _one(
             def again(changed: Any, explainer: Any = explainer, draw: Any = draw) -> Any:
                 return explainer.explain(user, changed, label, draw).heat.cpu()
 
-            numbers["sensitivity"] = curves.sensitivity(again, image, heat.heat.to(image.device), draw, times=ask.sensitivity)
+            numbers["sensitivity"] = curves.sensitivity(
+                again, image, heat.heat.to(image.device), draw, times=ask.sensitivity
+            )
         filling = method.partition("+")[0]
         about = words.get(method) or f"{words[filling]}, edges smoothed"
         one.rows.append(Row(method, about, heat, seconds, areas["deletion"], areas["insertion"], lines, numbers))
@@ -229,7 +235,9 @@ def _read(user: Any, inputs: list[Any], device: Any, talk: Talk | None) -> tuple
     if user.preprocessing is None:
         user.preprocessing = Preprocessing()
         if talk is not None:
-            talk(f"{user.name} does not say how images are prepared: 224 x 224 with ImageNet's mean and spread are taken")
+            talk(
+                f"{user.name} does not say how images are prepared: 224 x 224 with ImageNet's mean and spread are taken"
+            )
     known = user.preprocessing
     read = [read_image(x, i) for i, x in enumerate(inputs)]
     images = standardised([fit_channels(a, known.channels, n) for a, n in read], known).to(device)
@@ -238,7 +246,9 @@ def _read(user: Any, inputs: list[Any], device: Any, talk: Talk | None) -> tuple
             shape = tuple(user.scores(image=images[:1]).shape)
         except (RuntimeError, ValueError, AssertionError, TypeError) as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise UserError(f"{user.name} does not take images of {tuple(images.shape[1:])}: {lines[0][:160]}") from None
+            raise UserError(
+                f"{user.name} does not take images of {tuple(images.shape[1:])}: {lines[0][:160]}"
+            ) from None
     if len(shape) != 2 or shape[1] < 2:
         raise UserError(f"{user.name} answers with {shape}, not with one score a class [B, K]: give a classifier")
     return images, [picture_of(i, known) for i in images], [n for _, n in read]

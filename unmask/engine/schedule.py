@@ -16,7 +16,8 @@ def learning_rate(settings: TrainSettings, step: int, steps: int, steps_per_epoc
     """The rate of optimiser step ``step`` (from 0) of ``steps``.
 
     Linear from ``warmup_lr`` to the peak over the warm-up W, then: ``min + (peak - min) (1 + cos(pi (e - W) / (E - W))) / 2``
-    (cosine; He et al. 2022), a straight line to the minimum (linear; Devlin et al. 2019), the peak (constant), or the peak times ``gamma`` for each milestone passed (multistep).
+    (cosine; He et al. 2022), a straight line to the minimum (linear; Devlin et al. 2019), the peak (constant), or the peak
+    times ``gamma`` for each milestone passed (multistep).
     """
     peak, warmup = settings.peak_lr, warmup_length(settings, steps_per_epoch)
     if step < warmup:

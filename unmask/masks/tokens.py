@@ -23,7 +23,13 @@ def tails(words: Tensor) -> Tensor:
 
 
 def chosen_tokens(
-    uniform: Tensor, words: Tensor, probability: float, unit: Unit = "token", *, length: Tensor | None = None, mean: float = 3.8
+    uniform: Tensor,
+    words: Tensor,
+    probability: float,
+    unit: Unit = "token",
+    *,
+    length: Tensor | None = None,
+    mean: float = 3.8,
 ) -> tuple[Tensor, Tensor]:
     """Which places are chosen (bool), and for each place the one whose choice it follows (itself, its word's or its span's first).
 

@@ -44,7 +44,14 @@ def _image(folder: Path, one: dict[str, Any]) -> dict[str, Any]:
             value = m.get(key)
             text = "" if value is None else f"{value:.1f}" if key == "seconds" else f"{value:.3f}"
             cells.append((text, len(methods) > 1 and value is not None and best.get(key) == value))
-        rows.append({"name": words(m["method"]), "about": m["about"], "cells": cells, "image": embedded(folder / one["files"][m["method"]])})
+        rows.append(
+            {
+                "name": words(m["method"]),
+                "about": m["about"],
+                "cells": cells,
+                "image": embedded(folder / one["files"][m["method"]]),
+            }
+        )
     return {
         "name": Path(one["source"]).name,
         "photo": embedded(folder / one["photo"]),

@@ -173,7 +173,13 @@ def test_downstream_candidates_are_grouped_as_asked():
 
 def test_joint_heads_read_what_they_say():
     hidden = torch.randn(2, 4 * 5, 16)
-    for kind, shape in (("IE_1", (2, 3)), ("AE_1", (2, 3)), ("IE_k", (2, 3, 3)), ("AE_k", (2, 3, 3)), ("RE_k", (2, 3, 3))):
+    for kind, shape in (
+        ("IE_1", (2, 3)),
+        ("AE_1", (2, 3)),
+        ("IE_k", (2, 3, 3)),
+        ("AE_k", (2, 3, 3)),
+        ("RE_k", (2, 3, 3)),
+    ):
         head = JointHead(kind, 16, 3, labels=3)
         assert head(hidden).shape == shape
         labels = torch.zeros(shape[:-1], dtype=torch.long)
@@ -244,7 +250,10 @@ def test_documents_become_offsets_and_short_ones_are_left_out(tokenizer):
     assert s.names == ("a",)
     assert s.sizes.tolist() == [1, 1]
     ids, words = s.span(range(2))
-    assert tokenizer["bert"].decode(ids.tolist()).strip() == "The fog comes on little cat feet. It sits looking over harbor."
+    assert (
+        tokenizer["bert"].decode(ids.tolist()).strip()
+        == "The fog comes on little cat feet. It sits looking over harbor."
+    )
     assert (np.diff(words) >= 0).all()
 
 
@@ -278,14 +287,19 @@ def test_padding_counts_only_where_it_is_asked_to():
     ours, theirs = (model(objective="rts", count_padding=c).eval() for c in (False, True))
     logits = ours.swap(hidden)
     torch.testing.assert_close(
-        ours.token_loss(hidden, labels, batch)[0], mean_cross_entropy(logits[:, :15].flatten(0, 1), labels[:, :15].flatten())
+        ours.token_loss(hidden, labels, batch)[0],
+        mean_cross_entropy(logits[:, :15].flatten(0, 1), labels[:, :15].flatten()),
     )
-    torch.testing.assert_close(theirs.token_loss(hidden, labels, batch)[0], mean_cross_entropy(logits.flatten(0, 1), labels.flatten()))
+    torch.testing.assert_close(
+        theirs.token_loss(hidden, labels, batch)[0], mean_cross_entropy(logits.flatten(0, 1), labels.flatten())
+    )
 
 
 def test_random_tokens_keep_away_from_what_is_excluded():
     tokens = torch.randint(5, 20, (50, 40))
-    every = random_tokens(tokens, Seeded(0), 20, SPECIAL.values(), MaskingConfig(exclude_special=True, exclude_original=True))
+    every = random_tokens(
+        tokens, Seeded(0), 20, SPECIAL.values(), MaskingConfig(exclude_special=True, exclude_original=True)
+    )
     assert not (every == tokens).any()
     assert set(every.unique().tolist()) == set(range(5, 20))
     share = torch.bincount((every - tokens).flatten() % 15, minlength=15)[1:].float()
@@ -320,7 +334,9 @@ def test_substitutes_belong_to_the_drawn_cluster():
 
 def test_equal_pairs_of_clusters_are_all_counted():
     one = torch.zeros(1, 6, dtype=torch.long)
-    changes = clusters.count_changes(one, one + 1, torch.tensor([[True] * 4 + [False] * 2]), one == 0, torch.tensor([0, 1]), 2)
+    changes = clusters.count_changes(
+        one, one + 1, torch.tensor([[True] * 4 + [False] * 2]), one == 0, torch.tensor([0, 1]), 2
+    )
     assert changes.tolist() == [[0, 2], [0, 0]]
 
 
@@ -405,7 +421,7 @@ def test_denoising_hides_the_share_asked_for_and_loses_nothing():
     assert denoising.noise_sizes(2, 0.9, 3) == (1, 1)
     with pytest.raises(UserError, match="too few"):
         denoising.t5(ids, plain, [1, 2], 0, Seeded(0))
-    assert not denoising.t5(ids, [True] * 60, [1], 0, Seeded(0)).source != ids
+    assert denoising.t5(ids, [True] * 60, [1], 0, Seeded(0)).source == ids
 
 
 # --- ranking ---
@@ -450,11 +466,13 @@ def test_the_pair_head_of_bert_has_no_dropout_before_its_pooler():
 def story(tmp_path_factory):
     """Ten documents with a paragraph each about one of ten things."""
     at = tmp_path_factory.mktemp("story")
-    things = "cat dog sun rain ship tree king fish road song".split()
+    things = ["cat", "dog", "sun", "rain", "ship", "tree", "king", "fish", "road", "song"]
     (at / "text").mkdir()
     for number, thing in enumerate(things):
-        paragraph = " ".join(f"The {thing} was number {i} and the {thing} came home." for i in "one two three four".split())
-        other = " ".join(f"Again a {thing} went out with {i} others." for i in "five six seven".split())
+        paragraph = " ".join(
+            f"The {thing} was number {i} and the {thing} came home." for i in ["one", "two", "three", "four"]
+        )
+        other = " ".join(f"Again a {thing} went out with {i} others." for i in ["five", "six", "seven"])
         (at / "text" / f"{number}.txt").write_text(f"{paragraph}\n\n{other}\n\n{paragraph}\n")
     return at
 
@@ -524,7 +542,15 @@ def test_structural_objectives_train_from_files(story, words):
 
 
 def test_a_joint_model_trains_from_files(story):
-    run = train(story, "encoder.embed_dim=16", "encoder.depth=1", "encoder.num_heads=2", "joint.slot=24", recipe="tiny-mspp", steps=3)
+    run = train(
+        story,
+        "encoder.embed_dim=16",
+        "encoder.depth=1",
+        "encoder.num_heads=2",
+        "joint.slot=24",
+        recipe="tiny-mspp",
+        steps=3,
+    )
     assert "map" in json.loads((run / "evaluation" / "own.json").read_text())
     with pytest.raises(UserError, match="against a query"):
         unmask.predict(run, story / "text" / "0.txt")
@@ -533,7 +559,8 @@ def test_a_joint_model_trains_from_files(story):
 def test_held_out_documents_are_never_learned_from(story):
     settings = StructuralSettings(uri=str(story / "text"), hold_out=5)
     learned, held = (
-        {row.document for row in open_source(settings.model_copy(update={"split": s})).rows()} for s in ("train", "test")
+        {row.document for row in open_source(settings.model_copy(update={"split": s})).rows()}
+        for s in ("train", "test")
     )
     assert not learned & held
     assert len(learned) == 8

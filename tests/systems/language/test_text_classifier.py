@@ -16,7 +16,13 @@ from unmask.systems.language.text_classifier.model import TextClassifier, mean_f
 
 SST2 = Path(__file__).parents[4] / "shared" / "data" / "text_sst2.parquet"
 ENCODER = EncoderConfig(vocabulary=50, positions=16, embed_dim=16, depth=1, num_heads=2, dropout=0, attention_dropout=0)
-SMALL = ["encoder.embed_dim=16", "encoder.depth=1", "encoder.num_heads=2", "encoder.dropout=0", "encoder.attention_dropout=0"]
+SMALL = [
+    "encoder.embed_dim=16",
+    "encoder.depth=1",
+    "encoder.num_heads=2",
+    "encoder.dropout=0",
+    "encoder.attention_dropout=0",
+]
 
 
 def train(at, data, *words, steps=40):
@@ -32,7 +38,10 @@ def moods(tmp_path_factory):
     at = tmp_path_factory.mktemp("moods")
     for split, n in (("train", 60), ("test", 20)):
         lines = [
-            json.dumps({"text": f"{'a fine' if i % 2 else 'an awful'} film number {i}", "label": ["bad", "good"][i % 2]}) for i in range(n)
+            json.dumps(
+                {"text": f"{'a fine' if i % 2 else 'an awful'} film number {i}", "label": ["bad", "good"][i % 2]}
+            )
+            for i in range(n)
         ]
         (at / f"moods-{split}.jsonl").write_text("\n".join(lines))
     return at
@@ -81,7 +90,11 @@ def test_pairs_are_told_and_their_candidates_ranked(tmp_path, monkeypatch):
     monkeypatch.setenv("UNMASK_CACHE", str(tmp_path / "cache"))
     for split in ("train", "test"):
         rows = [
-            {"question": f"where is the {t}", "answer": f"the {u} is here" if t == u else f"no {u} is there", "label": int(t == u)}
+            {
+                "question": f"where is the {t}",
+                "answer": f"the {u} is here" if t == u else f"no {u} is there",
+                "label": int(t == u),
+            }
             for t in ("cat", "dog", "fish", "bird")
             for u in ("cat", "dog", "fish", "bird")
         ]
@@ -103,7 +116,9 @@ def test_what_does_not_fit_is_said_in_one_line(tmp_path, moods, monkeypatch):
         TextClassifier(TextClassifier.Config(encoder=ENCODER))
     model = TextClassifier(TextClassifier.Config(classes=2, encoder=ENCODER))
     with pytest.raises(UserError, match="longer than the 16 positions"):
-        model.loss({"tokens": torch.zeros(1, 20, dtype=torch.long), "label": torch.zeros(1, dtype=torch.long)}, Seeded(0))
+        model.loss(
+            {"tokens": torch.zeros(1, 20, dtype=torch.long), "label": torch.zeros(1, dtype=torch.long)}, Seeded(0)
+        )
     with pytest.raises(UserError, match="without its tokenizer"):
         model.predict(["text"])
 
@@ -117,6 +132,8 @@ def test_f1_is_the_mean_over_classes():
 @pytest.mark.skipif(not SST2.is_file(), reason="../shared/data is not here")
 def test_real_reviews_are_told_better_than_by_the_commonest_class(tmp_path, monkeypatch):
     monkeypatch.setenv("UNMASK_CACHE", str(tmp_path / "cache"))
-    made = unmask.train("text_classifier", data=SST2, recipe="tiny", steps=150, out=tmp_path / "run", talk=lambda _: None)
+    made = unmask.train(
+        "text_classifier", data=SST2, recipe="tiny", steps=150, out=tmp_path / "run", talk=lambda _: None
+    )
     numbers = json.loads((made / "evaluation" / "own.json").read_text())
     assert numbers["top1"] > numbers["baseline"]["the commonest class"]["top1"] + 10

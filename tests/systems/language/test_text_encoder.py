@@ -30,9 +30,7 @@ FAMILIES = {
         {"type_vocab_size": 2, "pad_token_id": 0, "embedding_size": 16},
     ),
 }
-TINY = EncoderConfig(
-    vocabulary=40, positions=16, embed_dim=16, depth=2, num_heads=2, dropout=0, attention_dropout=0
-)
+TINY = EncoderConfig(vocabulary=40, positions=16, embed_dim=16, depth=2, num_heads=2, dropout=0, attention_dropout=0)
 
 
 def peer(family):
@@ -80,7 +78,9 @@ def test_what_is_saved_for_transformers_gives_the_same_there(folder, tmp_path):
     tokens, mask = batch_of(family)
     real = mask.bool()
     own = model.word_logits(model.network({"tokens": tokens, "attention_mask": mask}))
-    torch.testing.assert_close(back(input_ids=tokens, attention_mask=mask).logits[real], own[real], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        back(input_ids=tokens, attention_mask=mask).logits[real], own[real], atol=1e-5, rtol=1e-4
+    )
 
 
 def test_a_classifier_goes_to_transformers_with_its_classes(tmp_path):

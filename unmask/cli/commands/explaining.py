@@ -16,10 +16,12 @@ def register(app: typer.Typer) -> None:
 
 def explain_command(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A run or export of a classifier, torchvision/NAME, timm/NAME, a folder.")
+        str,
+        typer.Argument(metavar="MODEL", help="A run or export of a classifier, torchvision/NAME, timm/NAME, a folder."),
     ],
     files: Annotated[
-        list[str], typer.Argument(metavar="FILES... [key=value ...]", help="Images; then options (samples=1000, target=cat).")
+        list[str],
+        typer.Argument(metavar="FILES... [key=value ...]", help="Images; then options (samples=1000, target=cat)."),
     ],
     method: Annotated[
         str | None,
@@ -28,7 +30,9 @@ def explain_command(
             "integrated_gradients, gradcam, occlusion ... Default: what suits the model, and grey."
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder: index.html, pictures, explanations.json.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder: index.html, pictures, explanations.json.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="The numbers as JSON.")] = False,
 ) -> None:

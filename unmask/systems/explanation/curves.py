@@ -1,4 +1,5 @@
-"""What is measured of maskings and of explanations: removal, insertion and deletion curves, shape leakage, linearity, sensitivity."""
+"""What is measured of maskings and of explanations: removal, insertion and deletion curves, shape leakage, linearity,
+sensitivity."""
 
 from __future__ import annotations
 
@@ -170,7 +171,13 @@ def heat_curve(
 
 
 def sensitivity(
-    explain: Callable[[Tensor], Tensor], image: Tensor, heat: Tensor, draw: Draw, *, radius: float = 0.02, times: int = 3
+    explain: Callable[[Tensor], Tensor],
+    image: Tensor,
+    heat: Tensor,
+    draw: Draw,
+    *,
+    radius: float = 0.02,
+    times: int = 3,
 ) -> float:
     """How far the heat map moves when the image hardly does: the largest |h(x + e) - h(x)| / |h(x)| over ``times`` noises e with
     values in -radius ... radius (max-sensitivity; Yeh et al., NeurIPS 2019). 0 is best."""

@@ -1,4 +1,5 @@
-"""Token dropping: a vision transformer that gets only the tokens with a visible pixel (timm's, torchvision's, transformers', ours)."""
+"""Token dropping: a vision transformer that gets only the tokens with a visible pixel (timm's, torchvision's, transformers',
+ours)."""
 
 from __future__ import annotations
 

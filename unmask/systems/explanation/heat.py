@@ -14,8 +14,9 @@ from torch import Tensor
 from unmask.contracts import Attribution
 
 # Blue (against), white (nothing), red (for): nine steps of a map that is even in lightness on both sides.
-SIGNED = ((33, 80, 150), (78, 130, 189), (136, 177, 216), (198, 217, 236), (247, 247, 247), (250, 208, 185))
-SIGNED = (*SIGNED, (239, 152, 121), (212, 88, 78), (165, 25, 45))
+_AGAINST = ((33, 80, 150), (78, 130, 189), (136, 177, 216), (198, 217, 236))
+_FOR = ((250, 208, 185), (239, 152, 121), (212, 88, 78), (165, 25, 45))
+SIGNED = (*_AGAINST, (247, 247, 247), *_FOR)
 
 
 @dataclass

@@ -15,7 +15,9 @@ from unmask.systems.explanation.perturbing import LimeExplainer
 
 def about() -> dict[str, str]:
     """Every method, in words."""
-    found = {c.slug: f"LIME; pixels {maskings.about(c.slug)}" if c.slug in maskings.NAMES else c.title for c in systems()}
+    found = {
+        c.slug: f"LIME; pixels {maskings.about(c.slug)}" if c.slug in maskings.NAMES else c.title for c in systems()
+    }
     found |= {n: f"LIME; hidden regions: {maskings.about(n)}" for n in maskings.NAMES if n not in found}
     found["lime"] = "the lime package; hidden regions grey"
     return found | CAPTUM

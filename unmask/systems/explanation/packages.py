@@ -71,7 +71,7 @@ class LimePackage:
 
         state = int(draw.integers("lime", 0, 2**31 - 1, (1,), shared=True))
         quiet = {"progress_bar": False}  # the progress is told by us; not every version has one of its own
-        known_words = inspect.signature(LimeImageExplainer.explain_instance).parameters
+        taken = inspect.signature(LimeImageExplainer.explain_instance).parameters
         explained = LimeImageExplainer(c.kernel_width, random_state=state).explain_instance(
             pixels,
             answer,
@@ -82,7 +82,7 @@ class LimePackage:
             batch_size=c.batch_size,
             segmentation_fn=lambda _: segments.numpy(),
             num_features=count_of(segments),
-            **{k: v for k, v in quiet.items() if k in known_words},
+            **{k: v for k, v in quiet.items() if k in taken},
         )
         weights = torch.zeros(count_of(segments))
         for region, value in explained.local_exp[label]:

@@ -24,13 +24,19 @@ Talk = Callable[[str], None]
 class LimeSettings(Config):
     """How an image is cut into regions, and how often it is asked about."""
 
-    masking: str = Field("grey", description="what hidden regions become: layer_masking, token_dropping, grey, black, blur ...")
+    masking: str = Field(
+        "grey", description="what hidden regions become: layer_masking, token_dropping, grey, black, blur ..."
+    )
     regions: Kind = Field("slic", description="slic and quickshift follow the picture; squares do not")
     region_size: int | None = Field(None, ge=1, description="pixels of a square's side; open: 1/14 of the height")
-    n_segments: int | None = Field(None, ge=2, description="regions of SLIC, about; open: one in 200 pixels, 250 at most")
+    n_segments: int | None = Field(
+        None, ge=2, description="regions of SLIC, about; open: one in 200 pixels, 250 at most"
+    )
     samples: int = Field(512, ge=8, description="masks that are asked about")
     share: float = Field(0.5, gt=0, lt=1, description="chance that a region stays visible")
-    kernel_width: float = Field(0.25, gt=0, description="how fast a mask's weight falls with its distance to the whole image")
+    kernel_width: float = Field(
+        0.25, gt=0, description="how fast a mask's weight falls with its distance to the whole image"
+    )
     batch_size: int = Field(64, ge=1, description="masks in one forward")
     color: list[float] | None = Field(None, description="of masking=constant, in 0 ... 1")
 
@@ -79,7 +85,9 @@ class LimeExplainer:
         label = int(found[0].argmax()) if target is None else target
         fit = lime.fit(rows, found, [label], kernel_width=c.kernel_width)
         notes = {**lime.summary(fit), "regions": count_of(segments), "samples": c.samples, "masking": c.masking}
-        return Attribution(painted(fit.weights[0], segments), label, {**notes, "weights": fit.weights[0], "segments": segments})
+        return Attribution(
+            painted(fit.weights[0], segments), label, {**notes, "weights": fit.weights[0], "segments": segments}
+        )
 
 
 def picture_of(image: Tensor, preprocessing: Preprocessing | None) -> np.ndarray:

@@ -40,7 +40,8 @@ def quickshift(picture: np.ndarray, kernel_size: float = 4, max_dist: float = 20
 def regions(
     picture: np.ndarray, kind: Kind = "slic", *, side: int | None = None, n_segments: int = 250, kernel_size: float = 4
 ) -> Tensor:
-    """int64 ``[H, W]``, ids 0 ... F - 1. picture: uint8 ``[H, W, 3]``. side: of squares; default 1/14 of the height, as 16 of 224."""
+    """int64 ``[H, W]``, ids 0 ... F - 1. picture: uint8 ``[H, W, 3]``. side: of squares; default 1/14 of the height, as 16
+    of 224."""
     size = picture.shape[:2]
     if kind == "squares":
         return squares(size, side or max(round(size[0] / 14), 1))
@@ -50,7 +51,9 @@ def regions(
 def checked(segments: Tensor, size: Sequence[int] | None = None) -> Tensor:
     """The region map itself. Raises ``UserError`` for ids with gaps, below 0, or of another size than the image."""
     if segments.ndim != 2 or segments.is_floating_point():
-        raise UserError(f"a region map is whole numbers [H, W], this one is {segments.dtype} of {tuple(segments.shape)}")
+        raise UserError(
+            f"a region map is whole numbers [H, W], this one is {segments.dtype} of {tuple(segments.shape)}"
+        )
     if size is not None and tuple(segments.shape) != tuple(size):
         raise UserError(f"a region map of {tuple(segments.shape)} does not fit an image of {tuple(size)}")
     present = torch.unique(segments)

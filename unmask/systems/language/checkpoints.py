@@ -1,4 +1,5 @@
-"""Checkpoints of transformers' BERT, RoBERTa and ELECTRA families, read and written by rules; and folders that training starts from."""
+"""Checkpoints of transformers' BERT, RoBERTa and ELECTRA families, read and written by rules; and folders that training
+starts from."""
 
 from __future__ import annotations
 
@@ -19,7 +20,14 @@ from unmask.official.load import Rule, State, read_checkpoint, rename
 from unmask.systems.language.encoder import EncoderConfig
 
 FAMILIES = {"bert": "bert", "roberta": "roberta", "xlm-roberta": "roberta", "camembert": "roberta", "electra": "bert"}
-_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
 _BASE = r"^(?:bert|roberta|electra|deberta|joint_\w+)\."
 
 RULES = [
@@ -74,7 +82,11 @@ def ours(state: Mapping[str, Tensor]) -> State:
     bias = state.get("cls.predictions.bias")
     swapped = bias is not None and len(bias) == 2
     if swapped:
-        state = {k.replace("cls.predictions.", "swap_head."): v for k, v in state.items() if k != "cls.predictions.decoder.bias"}
+        state = {
+            k.replace("cls.predictions.", "swap_head."): v
+            for k, v in state.items()
+            if k != "cls.predictions.decoder.bias"
+        }
     named = rename(
         state,
         [
@@ -88,7 +100,9 @@ def ours(state: Mapping[str, Tensor]) -> State:
     if "words.bias" not in named and "words.copied" in named:
         named["words.bias"] = named["words.copied"]
     named = {k: v for k, v in named.items() if k not in ("words.tied", "words.copied")}
-    if "pooler.dense.weight" in named and "pair.out.weight" in named:  # BERT's pooler is the first half of its pair head
+    if (
+        "pooler.dense.weight" in named and "pair.out.weight" in named
+    ):  # BERT's pooler is the first half of its pair head
         named |= {f"pair.dense.{p}": named.pop(f"pooler.dense.{p}") for p in ("weight", "bias")}
     return fused(named)
 
@@ -150,7 +164,10 @@ def theirs(state: Mapping[str, Tensor], family: str) -> State:
         elif place == "pooler":
             out[f"{family}.{name}"] = value
         elif place == "discriminator":
-            out["discriminator_predictions." + name.removeprefix("discriminator.").replace("decoder.", "dense_prediction.")] = value
+            out[
+                "discriminator_predictions."
+                + name.removeprefix("discriminator.").replace("decoder.", "dense_prediction.")
+            ] = value
     return out
 
 
@@ -188,7 +205,8 @@ def config_of(described: Mapping[str, Any], where: str | Path = "config.json") -
     if activation is None:
         raise UserError(f"{where}: hidden_act={get('hidden_act')}: it takes {', '.join(_ACTIVATIONS)}")
     style = FAMILIES[family]
-    pad = int(get("pad_token_id") if get("pad_token_id") is not None else style == "roberta")
+    given_pad: Any = get("pad_token_id")
+    pad = int(given_pad if given_pad is not None else style == "roberta")
     return EncoderConfig(
         style=style,  # type: ignore[arg-type]
         vocabulary=get("vocab_size", 30522),
@@ -254,16 +272,24 @@ def start_from(folder: str | Path) -> Start:
     path = Path(folder).expanduser()
     if not path.is_dir():
         if path.exists() or path.parent.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
-            raise UserError(f"no folder {folder} to start from: give a folder of transformers, a run, or a hub id (name/model)")
+            raise UserError(
+                f"no folder {folder} to start from: give a folder of transformers, a run, or a hub id (name/model)"
+            )
         path = snapshot(str(folder))
-    inner = next((p for p in (path, path / "model", *sorted(path.glob("stages/*/model"), reverse=True)) if is_ours(p)), None)
+    inner = next(
+        (p for p in (path, path / "model", *sorted(path.glob("stages/*/model"), reverse=True)) if is_ours(p)), None
+    )
     if inner is not None:
         model: Any = load_trainable(inner)
         if not isinstance(getattr(getattr(model, "network", None), "config", None), EncoderConfig):
-            raise UserError(f"{folder} holds a {model.slug}, not a text encoder: it takes structural_ssl or text_classifier")
+            raise UserError(
+                f"{folder} holds a {model.slug}, not a text encoder: it takes structural_ssl or text_classifier"
+            )
         text = model.side_files.get("tokenizer.json")
         config = model.network.config
-        family = "roberta" if config.style == "roberta" else "electra" if config.word_dim != config.embed_dim else "bert"
+        family = (
+            "roberta" if config.style == "roberta" else "electra" if config.word_dim != config.embed_dim else "bert"
+        )
         return Start(config, dict(model.state_dict()), Tokenizer.from_text(text) if text else None, family, str(folder))
     described = described_in(path)
     config = config_of(described, path / CONFIG)
@@ -278,7 +304,9 @@ def described_in(path: Path) -> dict[str, Any]:
     try:
         value = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise UserError(f"{path} holds no {CONFIG} that can be read: give a folder of transformers or a run of unmask") from None
+        raise UserError(
+            f"{path} holds no {CONFIG} that can be read: give a folder of transformers or a run of unmask"
+        ) from None
     if not isinstance(value, dict):
         raise UserError(f"{path / CONFIG} is no mapping: give a folder of transformers or a run of unmask")
     return value
@@ -294,11 +322,17 @@ def check_tokenizer(tokenizer: Tokenizer, start: Start) -> None:
         )
     own = start.tokenizer
     pad = start.config.whole().pad
-    differs = own is not None and own.text() != tokenizer.text() and own.backend.get_vocab() != tokenizer.backend.get_vocab()
+    differs = (
+        own is not None and own.text() != tokenizer.text() and own.backend.get_vocab() != tokenizer.backend.get_vocab()
+    )
     if differs or tokenizer.special.get("pad") != pad:
         raise UserError(
             f"the tokenizer is not the one of {start.where}"
-            + (f" (padding is {tokenizer.special.get('pad')}, there {pad})" if tokenizer.special.get("pad") != pad else "")
+            + (
+                f" (padding is {tokenizer.special.get('pad')}, there {pad})"
+                if tokenizer.special.get("pad") != pad
+                else ""
+            )
             + ": its ids mean other words; leave data.tokenizer out to take the folder's own"
         )
 
@@ -330,8 +364,8 @@ def adopt(model: nn.Module, start: Start, noise: Tensor | None = None) -> list[s
 
 
 def save_transformers(model: Any, folder: str | Path) -> Path:
-    """Write a system of this room as a folder of transformers: ``AutoModel.from_pretrained`` (or the class named in ``architectures``)
-    loads it. What transformers has no class for (swap and joint heads) is written under the authors' names."""
+    """Write a system of this room as a folder of transformers: ``AutoModel.from_pretrained`` (or the class named in
+    ``architectures``) loads it. What transformers has no class for (swap and joint heads) is written under the authors' names."""
     config: EncoderConfig = model.network.config
     family = "roberta" if config.style == "roberta" else "electra" if config.word_dim != config.embed_dim else "bert"
     state = theirs(model.state_dict(), family)

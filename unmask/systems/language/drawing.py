@@ -12,7 +12,8 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of text. fill: what is painted behind it. under: drawn in small letters below. A text of one newline breaks the line."""
+    """A stretch of text. fill: what is painted behind it. under: drawn in small letters below. A text of one newline breaks
+    the line."""
 
     text: str
     ink: Colour = INK

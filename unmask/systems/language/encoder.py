@@ -57,12 +57,16 @@ class EncoderConfig(configs.Config):
     num_heads: int = Field(12, ge=1, description="attention heads")
     mlp_dim: int = Field(0, ge=0, description="hidden width of the MLP; 0: four times the width")
     word_dim: int = Field(0, ge=0, description="width of the word table where it differs (ELECTRA); 0: the width")
-    types: int = Field(0, ge=0, description="token types; 0: 2 for bert, 1 for roberta, more where the objective needs them")
+    types: int = Field(
+        0, ge=0, description="token types; 0: 2 for bert, 1 for roberta, more where the objective needs them"
+    )
     activation: Activation = Field("gelu", description="of the MLPs and the language-model head")
     dropout: float = Field(0.1, ge=0, lt=1, description="of embeddings and residual branches")
     attention_dropout: float = Field(0.1, ge=0, lt=1, description="of attention maps")
     norm_eps: float | None = Field(None, gt=0, description="of LayerNorm; open: 1e-12 for bert, 1e-5 for roberta")
-    pad: int | None = Field(None, ge=0, description="id of the padding token; open: the data's, else 0 for bert, 1 for roberta")
+    pad: int | None = Field(
+        None, ge=0, description="id of the padding token; open: the data's, else 0 for bert, 1 for roberta"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -136,7 +140,8 @@ class TextEncoder(nn.Module):
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.config = c = config.whole()
-        assert c.pad is not None and c.norm_eps is not None
+        assert c.pad is not None
+        assert c.norm_eps is not None
         self.pad: int = c.pad
         self.words = nn.Embedding(c.vocabulary, c.word_dim)
         self.places = nn.Embedding(c.positions + self.first_place, c.word_dim)
@@ -176,8 +181,8 @@ class TextEncoder(nn.Module):
         return self.norm(words + kinds + F.embedding(places, self.places.weight, padding_idx=filler))
 
     def places_of(self, batch: Batch) -> Tensor:
-        """Rows of the position table, int64, broadcastable to ``[B, T]``. BERT numbers every place of a row, RoBERTa its real tokens;
-        padding is found by its id."""
+        """Rows of the position table, int64, broadcastable to ``[B, T]``. BERT numbers every place of a row, RoBERTa its
+        real tokens; padding is found by its id."""
         tokens, given = batch["tokens"], batch.get("positions")
         if self.config.style == "roberta":
             real = tokens != self.pad

@@ -64,8 +64,8 @@ class DiscriminatorHead(nn.Module):
 
 
 class PairHead(nn.Module):
-    """Classes from a text's first token, ``[B, D] -> [B, labels]``. roberta: dropout, Linear, tanh, dropout, Linear; electra: GELU in
-    its place; bert: no dropout before the first Linear (its pooler)."""
+    """Classes from a text's first token, ``[B, D] -> [B, labels]``. roberta: dropout, Linear, tanh, dropout, Linear;
+    electra: GELU in its place; bert: no dropout before the first Linear (its pooler)."""
 
     def __init__(self, dim: int, labels: int = 2, kind: PairKind = "roberta", dropout: float = 0.1):
         super().__init__()
@@ -106,7 +106,9 @@ class JointHead(nn.Module):
 
     def forward(self, hidden: Tensor, draw: Draw | None = None) -> Tensor:
         if hidden.shape[1] % (self.k + 1):
-            raise UserError(f"a row of {hidden.shape[1]} tokens has no {self.k + 1} equal slots (k={self.k}): use (k + 1) x slot")
+            raise UserError(
+                f"a row of {hidden.shape[1]} tokens has no {self.k + 1} equal slots (k={self.k}): use (k + 1) x slot"
+            )
         starts = hidden[:, :: hidden.shape[1] // (self.k + 1)]
         question, candidates = starts[:, 0], starts[:, 1:]
         if self.kind in ("IE_1", "RE_k"):

@@ -87,18 +87,29 @@ class TextClasses(Result):
 
     def plain(self) -> dict[str, Any]:
         rows = [
-            {"text": t, "answer": a, "probabilities": {c: round(float(v), 6) for c, v in zip(self.classes, p, strict=True)}}
+            {
+                "text": t,
+                "answer": a,
+                "probabilities": {c: round(float(v), 6) for c, v in zip(self.classes, p, strict=True)},
+            }
             for t, a, p in zip(self.texts, self.answers, self.probabilities, strict=True)
         ]
         return {**super().plain(), "classes": list(self.classes), "texts": rows}
 
     def files(self) -> dict[str, bytes]:
-        rows = [[t, a, *(f"{v:.6f}" for v in p)] for t, a, p in zip(self.texts, self.answers, self.probabilities, strict=True)]
+        rows = [
+            [t, a, *(f"{v:.6f}" for v in p)]
+            for t, a, p in zip(self.texts, self.answers, self.probabilities, strict=True)
+        ]
         return {".csv": _table(["text", "answer", *self.classes], rows)}
 
     def overlay(self, *, size: int = 256) -> Image.Image:
         pieces: list[Piece] = []
         for text, answer, values in list(zip(self.texts, self.answers, self.probabilities, strict=True))[:SHOWN]:
             share = float(values.max())
-            pieces += [Piece(f"{answer} {100 * share:.0f} %", FAINT, shade(share)), Piece(f"  {text[:300]}"), Piece("\n")]
+            pieces += [
+                Piece(f"{answer} {100 * share:.0f} %", FAINT, shade(share)),
+                Piece(f"  {text[:300]}"),
+                Piece("\n"),
+            ]
         return text_image(pieces)

@@ -19,21 +19,26 @@ def tokenizer_of(settings: TextSettings, start: Start | None) -> Tokenizer | Non
     if start is None or settings.tokenizer not in LEARNED:
         return None
     if start.tokenizer is None:
-        raise UserError(f"{start.where} holds no tokenizer, and one learned anew would not fit it: give data.tokenizer=FOLDER")
+        raise UserError(
+            f"{start.where} holds no tokenizer, and one learned anew would not fit it: give data.tokenizer=FOLDER"
+        )
     return start.tokenizer
 
 
 def encoder_for(
     config: EncoderConfig, init: str | None, extra: Mapping[str, Any], length: int, types: int = 0, *, slug: str
 ) -> EncoderConfig:
-    """The encoder's sizes with what the data and the checkpoint tell; of a checkpoint all is taken but the rates of dropout. types: token
-    types that are needed. Raises ``UserError`` for what does not fit: fewer words than the tokenizer's, more tokens than positions."""
+    """The encoder's sizes with what the data and the checkpoint tell; of a checkpoint all is taken but the rates of dropout.
+    types: token
+    types that are needed. Raises ``UserError`` for what does not fit: fewer words than the tokenizer's, more tokens than
+    positions."""
     special = extra["special"]
     if init:
         start = start_from(init).config.whole()
         if length > start.positions:
             raise UserError(
-                f"rows of {length} tokens are longer than the {start.positions} positions of {init}: use data.length={start.positions}"
+                f"rows of {length} tokens are longer than the {start.positions} positions of {init}: "
+                f"use data.length={start.positions}"
             )
         update = {name: getattr(config, name) for name in FREE if name in config.model_fields_set}
         return start.model_copy(update={**update, "types": max(start.types, types)})

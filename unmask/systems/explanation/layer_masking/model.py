@@ -42,7 +42,9 @@ class LayerMasking(Trainable):
     }
 
     class Config(LimeSettings):
-        masking: str = Field("layer_masking", description="layer_masking, no_padding, partial_convolution; of curves: any")
+        masking: str = Field(
+            "layer_masking", description="layer_masking, no_padding, partial_convolution; of curves: any"
+        )
         variant: Literal["main", "older"] | None = Field(
             None, description="rules of convolutions and joins; open: older for AlexNet and SqueezeNet"
         )
@@ -51,7 +53,9 @@ class LayerMasking(Trainable):
             None, description="the last mean: of visible places, or of all; open: plain for DenseNet"
         )
         model: str = Field("", description="of removal curves: the classifier, a run or a name as explain takes it")
-        levels: list[float] = Field([i / 10 for i in range(10)], description="shares of hidden regions on a removal curve")
+        levels: list[float] = Field(
+            [i / 10 for i in range(10)], description="shares of hidden regions on a removal curve"
+        )
 
     def __init__(self, config: configs.Config | None = None):
         super().__init__(config or self.Config())
@@ -78,7 +82,8 @@ class LayerMasking(Trainable):
         tell: Callable[[str], None] | None = None,
         segments: Tensor | None = None,
     ) -> Attribution:
-        """Heat: each region's weight for the target (LIME). Raises ``UserError`` for a transformer, and for a layer without a rule."""
+        """Heat: each region's weight for the target (LIME). Raises ``UserError`` for a transformer, and for a layer without
+        a rule."""
         system = self
 
         class Own(LimeExplainer):

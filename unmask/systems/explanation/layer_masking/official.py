@@ -46,7 +46,7 @@ def run_case(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[
 
 def given(tensors: Mapping[str, Tensor], prefix: str = "") -> Numbers:
     """Weights and running statistics below a prefix, without it."""
-    found = {}
+    found: Numbers = {}
     for kind in ("param.", "buffer."):
         found |= without_prefix(tensors, kind + prefix)
     return found
@@ -73,7 +73,7 @@ def layers_case(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tup
     )
     parts = nn.ModuleDict({**convolutions, "batchnorm": networks.norm(x.shape[1], config.get("batchnorm") or {})})
     names = {n for n, _ in parts.named_parameters()} | {n for n, _ in parts.named_buffers()}
-    known = {k: v for k, v in given(tensors).items()}
+    known = dict(given(tensors).items())
     load_strict(parts, known, ignore=[n for n in names if n.endswith("num_batches_tracked")], where="the fixture")
     parts.eval()
     for name, layer in convolutions.items():
@@ -94,8 +94,8 @@ def layers_case(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tup
         "avgpool": networks.pool(nn.AvgPool2d, config.get("avgpool") or {}),
         "global_avgpool": nn.AdaptiveAvgPool2d(1),
     }
-    for name, layer in simple.items():
-        got, after = values(layer(masked(x, mask, Rules(), hide=False)))
+    for name, function in simple.items():
+        got, after = values(function(masked(x, mask, Rules(), hide=False)))
         out[name] = got
         out[f"{name}.mask"] = mask if after is None else _mask(after)
     gradients: Numbers = {}
@@ -116,7 +116,7 @@ def _mask(after: Tensor | None) -> Tensor:
 
 def blocks_case(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Numbers, nn.Module, Numbers]:
     x, mask = tensors["in.x"], tensors["in.mask"]
-    blocks = networks.blocks({k: v for k, v in config.items()})
+    blocks = networks.blocks(dict(config.items()))
     out: Numbers = {}
     used: set[str] = set()
     with torch.no_grad():

@@ -32,7 +32,9 @@ def rules_for(module: nn.Module, **given: Any) -> Rules:
 
 def is_transformer(module: nn.Module) -> bool:
     """Whether some of its parts attend: attention has heads, a gate of channels has none."""
-    return any(isinstance(m, nn.MultiheadAttention) or isinstance(getattr(m, "num_heads", None), int) for m in module.modules())
+    return any(
+        isinstance(m, nn.MultiheadAttention) or isinstance(getattr(m, "num_heads", None), int) for m in module.modules()
+    )
 
 
 def check(module: nn.Module, name: str = "") -> None:

@@ -31,8 +31,29 @@ from unmask.systems.explanation.layer_masking.visible import MEAN_EPS, Sides, Vi
 
 Rule = Callable[..., Any]
 READ = frozenset(
-    "size dim numel nelement stride is_contiguous is_floating_point is_complex len element_size get_device type data_ptr "
-    "repr format hash is_same_size storage_offset ndimension backward bool".split()
+    [
+        "size",
+        "dim",
+        "numel",
+        "nelement",
+        "stride",
+        "is_contiguous",
+        "is_floating_point",
+        "is_complex",
+        "len",
+        "element_size",
+        "get_device",
+        "type",
+        "data_ptr",
+        "repr",
+        "format",
+        "hash",
+        "is_same_size",
+        "storage_offset",
+        "ndimension",
+        "backward",
+        "bool",
+    ]
 )
 TAKE_BORDERS = frozenset({"conv2d", "max_pool2d", "avg_pool2d"})
 
@@ -190,7 +211,7 @@ def pad(func: Rule, x: MaskedMap, pad: Any, mode: str = "constant", value: float
         x = like(x, F.pad(plain(x), [0, 0, 0, 0, *pad[4:]], value=value or 0.0), x.state if not value else RAW)
     if not any(pad[:4]):
         return x
-    sides: Any = tuple((pad + [0, 0])[:4])
+    sides: Any = tuple(([*pad, 0, 0])[:4])
     return wrap(plain(x), x.visible, x.state, x.rules, x.axes, (sides, float(value or 0.0)))
 
 
@@ -317,7 +338,8 @@ def _fits(x: MaskedMap, other: Any) -> None:
 
 
 def cat(func: Rule, tensors: Any, dim: int = 0, **kwargs: Any) -> MaskedMap:
-    """Concatenated channels: visible in more than half of the maps (older: in any). A map keeps what stands outside its own mask."""
+    """Concatenated channels: visible in more than half of the maps (older: in any). A map keeps what stands outside its own
+    mask."""
     first = next(t for t in tensors if isinstance(t, MaskedMap))
     dim = kwargs.get("axis", dim) % first.ndim
     if first.axes[dim] != "c":
@@ -344,7 +366,13 @@ def stack(func: Rule, tensors: Any, dim: int = 0) -> MaskedMap:
 
 
 def interpolate(
-    func: Rule, x: MaskedMap, size: Any = None, scale_factor: Any = None, mode: str = "nearest", *args: Any, **kwargs: Any
+    func: Rule,
+    x: MaskedMap,
+    size: Any = None,
+    scale_factor: Any = None,
+    mode: str = "nearest",
+    *args: Any,
+    **kwargs: Any,
 ) -> MaskedMap:
     """Every new place takes the value and the mask of the nearest one; smooth ways would mix hidden with visible."""
     if x.axes != BCHW or mode not in ("nearest", "nearest-exact"):
@@ -395,7 +423,10 @@ def _table() -> dict[str, Rule]:
         "expand_as": shapes.expand_as,
     }
     kinds: list[tuple[Rule, str]] = [
-        (zero_keeping, "relu relu6 leaky_relu prelu hardswish silu mish elu selu celu tanh hardtanh softsign hardshrink"),
+        (
+            zero_keeping,
+            "relu relu6 leaky_relu prelu hardswish silu mish elu selu celu tanh hardtanh softsign hardshrink",
+        ),
         (shifting, "sigmoid hardsigmoid softplus logsigmoid exp clamp clip pow square"),
         (unmasked, "gelu"),
         (dropout, "dropout dropout2d feature_dropout alpha_dropout dropout1d dropout3d"),

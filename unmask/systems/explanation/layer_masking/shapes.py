@@ -7,7 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unmask.systems.explanation.layer_masking.masked_map import BCHW, LAZY, MaskedMap, as_it_is, clean, like, no_rule, plain, wrap
+from unmask.systems.explanation.layer_masking.masked_map import (
+    BCHW,
+    LAZY,
+    MaskedMap,
+    as_it_is,
+    clean,
+    like,
+    no_rule,
+    plain,
+    wrap,
+)
 from unmask.systems.explanation.layer_masking.visible import MEAN_EPS
 
 Dims = set[int]

@@ -44,7 +44,9 @@ class Visible:
             raise UserError(f"a mask of shape {given} does not fit images of {tuple(images.shape)}: give [B, 1, H, W]")
         mask = mask.to(images.device, images.dtype)
         if not bool(((mask == 0) | (mask == 1)).all()):
-            raise UserError("a mask holds zeros (hidden) and ones (visible), this one has values between: round it first")
+            raise UserError(
+                "a mask holds zeros (hidden) and ones (visible), this one has values between: round it first"
+            )
         return cls(mask)
 
     @property
@@ -80,7 +82,9 @@ class Visible:
         return self._kept["spread"]
 
     # --- after a layer ---
-    def windowed(self, kernel: tuple[int, int], stride: tuple[int, int], sides: Sides, dilation: tuple[int, int]) -> Visible:
+    def windowed(
+        self, kernel: tuple[int, int], stride: tuple[int, int], sides: Sides, dilation: tuple[int, int]
+    ) -> Visible:
         """Visible where the window sees a visible pixel; padding is never one."""
         if kernel == (1, 1) and stride == (1, 1) and not any(sides):
             return self
@@ -96,7 +100,9 @@ class Visible:
             self._kept["pooled", *key] = self._same((pool(self.map) > 0).to(self.map.dtype))
         return self._kept["pooled", *key]
 
-    def share(self, kernel: tuple[int, int], stride: tuple[int, int], sides: Sides, dilation: tuple[int, int]) -> Tensor:
+    def share(
+        self, kernel: tuple[int, int], stride: tuple[int, int], sides: Sides, dilation: tuple[int, int]
+    ) -> Tensor:
         """The visible share of each window (padding counts as hidden), plus 1e-8."""
         key = ("share", kernel, stride, sides, dilation)
         if key not in self._kept:

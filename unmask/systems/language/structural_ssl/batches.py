@@ -31,7 +31,8 @@ class StructuralSettings(TextSettings):
     """Text with its documents, paragraphs and sentences."""
 
     min_chars: tuple[int, int, int] = Field(
-        (20, 60, 200), description="shorter sentences, paragraphs and documents are left out of pairs; small texts lose much"
+        (20, 60, 200),
+        description="shorter sentences, paragraphs and documents are left out of pairs; small texts lose much",
     )
     hold_out: int = Field(
         0, ge=0, description='every so manieth document is the split "test" of text that has none; 0: none is held out'
@@ -47,6 +48,7 @@ class StructuralSettings(TextSettings):
 
 def open_source(settings: StructuralSettings) -> TextSource:
     """The rows of a split; of whole documents where ``hold_out`` parts them. Raises ``UserError``."""
+
     def opened(split: str, limit: int | None) -> TextSource:
         return open_text(
             settings.uri, split, columns=settings.columns, limit=limit, separator=settings.paragraph_separator
@@ -63,14 +65,18 @@ def open_source(settings: StructuralSettings) -> TextSource:
         held += [number % settings.hold_out == settings.hold_out - 1] * sum(1 for _ in rows)
     chosen = np.flatnonzero(np.array(held, dtype=bool) == (settings.split == "test"))
     if not len(chosen):
-        raise UserError(f"{settings.uri} has too few documents to hold out every {settings.hold_out}th: use a smaller hold_out")
+        raise UserError(
+            f"{settings.uri} has too few documents to hold out every {settings.hold_out}th: use a smaller hold_out"
+        )
     return source.part(chosen, f"{settings.split}-{settings.hold_out}")
 
 
 class TokenRows(TextBatches):
     """Rows of text for objectives of tokens; ``segments`` stay only where rows are packed."""
 
-    def __init__(self, settings: StructuralSettings, batch_size: int, seed: int = 0, *, tokenizer: Tokenizer | None = None):
+    def __init__(
+        self, settings: StructuralSettings, batch_size: int, seed: int = 0, *, tokenizer: Tokenizer | None = None
+    ):
         super().__init__(settings, batch_size, seed, tokenizer=tokenizer, source=open_source(settings))
 
     def fetch(self, indices: np.ndarray) -> Batch:
@@ -95,7 +101,9 @@ class _Built(Mapped):
         self.tokenizer = tokenizer or tokenizer_for(settings, self.text)
         for role in ("pad", "cls", "sep"):
             if role not in self.tokenizer.special:
-                raise UserError(f"the tokenizer has no {role} token: pairs need data.style=bert or roberta, or another tokenizer")
+                raise UserError(
+                    f"the tokenizer has no {role} token: pairs need data.style=bert or roberta, or another tokenizer"
+                )
         self.structure = structure_of(documents(self.text), self.tokenizer, settings.min_chars)
 
     def begin(self, count: int, batch_size: int, seed: int, **extra: Any) -> None:
@@ -153,7 +161,13 @@ class JointBatches(_Built):
     """Rows of (k + 1) slots: ``label`` int64 ``[B, k]``, -100 where a slot is empty."""
 
     def __init__(
-        self, settings: StructuralSettings, config: JointConfig, batch_size: int, seed: int = 0, *, tokenizer: Tokenizer | None = None
+        self,
+        settings: StructuralSettings,
+        config: JointConfig,
+        batch_size: int,
+        seed: int = 0,
+        *,
+        tokenizer: Tokenizer | None = None,
     ):
         super().__init__(settings, batch_size, seed, tokenizer)
         self.config = config

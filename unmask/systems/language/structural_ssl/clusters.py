@@ -57,7 +57,11 @@ def count_changes(
     """``[C, C]`` int64: +1 for each place where the model decided wrongly, -1 where rightly. where: bool, the places that count."""
     cell = cluster_of[original] * count + cluster_of[substituted]
     step = torch.where(wrong, 1, -1) * where
-    return torch.zeros(count * count, dtype=torch.int64, device=cell.device).index_add_(0, cell.flatten(), step.flatten()).view(count, count)
+    return (
+        torch.zeros(count * count, dtype=torch.int64, device=cell.device)
+        .index_add_(0, cell.flatten(), step.flatten())
+        .view(count, count)
+    )
 
 
 def check_map(cluster_of: Tensor, vocabulary: int, special: Iterable[int]) -> int:
@@ -113,8 +117,10 @@ def k_means(rows: np.ndarray, clusters: int, draw: Draw) -> np.ndarray:
     for _ in range(ROUNDS):
         distance = squares[:, None] - 2 * rows @ centres.T + (centres**2).sum(1)
         new = distance.argmin(1)
-        for c in np.flatnonzero(np.bincount(new, minlength=clusters) == 0):
-            far = np.where(np.bincount(new, minlength=clusters)[new] > 1, distance[np.arange(len(rows)), new], -np.inf).argmax()
+        for c in np.flatnonzero(np.bincount(new, minlength=clusters) == 0).tolist():
+            far = np.where(
+                np.bincount(new, minlength=clusters)[new] > 1, distance[np.arange(len(rows)), new], -np.inf
+            ).argmax()
             new[far] = c
             distance[far, c] = 0
         if (new == own).all():
@@ -126,7 +132,9 @@ def k_means(rows: np.ndarray, clusters: int, draw: Draw) -> np.ndarray:
     return own
 
 
-def word_vectors(ids: np.ndarray, vocabulary: int, draw: Draw, *, window: int = WINDOW, dimensions: int = DIMENSIONS) -> np.ndarray:
+def word_vectors(
+    ids: np.ndarray, vocabulary: int, draw: Draw, *, window: int = WINDOW, dimensions: int = DIMENSIONS
+) -> np.ndarray:
     """``[V, <= 64]``: truncated SVD of the positive pointwise mutual information of tokens within ``window`` places."""
     table = sparse.csr_matrix((vocabulary, vocabulary), dtype=np.float64)
     for apart in range(1, window + 1):

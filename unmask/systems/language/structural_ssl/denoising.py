@@ -6,6 +6,7 @@ trained on.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,8 +47,8 @@ def composition(total: int, parts: int, uniform: np.ndarray) -> np.ndarray:
 
 
 def poisson_sizes(total: int, parts: int, uniform: np.ndarray) -> np.ndarray:
-    """``parts`` positive sizes of this sum near Poisson draws of mean total / parts: what is too much is taken, one by one, from the
-    largest, what is missing is given to the smallest. uniform: ``[parts]``."""
+    """``parts`` positive sizes of this sum near Poisson draws of mean total / parts: what is too much is taken, one by one,
+    from the largest, what is missing is given to the smallest. uniform: ``[parts]``."""
     from scipy.stats import poisson
 
     sizes = np.maximum(poisson.ppf(uniform[:parts], total / parts), 1).astype(int)
@@ -71,10 +72,19 @@ def runs(places: np.ndarray) -> list[tuple[int, int, bool]]:
     """(start, stop, noise) of the stretches of equal value."""
     edges = np.flatnonzero(np.diff(places.astype(int))) + 1
     ends = [0, *edges.tolist(), len(places)]
-    return [(a, b, bool(places[a])) for a, b in zip(ends[:-1], ends[1:], strict=True) if b > a]
+    return [(a, b, bool(places[a])) for a, b in itertools.pairwise(ends) if b > a]
 
 
-def bart(ids: Sequence[int], special: Sequence[bool], mask_token: int, start: int, draw: Draw, *, probability: float = 0.3, mean: float = 3.0) -> Denoising:
+def bart(
+    ids: Sequence[int],
+    special: Sequence[bool],
+    mask_token: int,
+    start: int,
+    draw: Draw,
+    *,
+    probability: float = 0.3,
+    mean: float = 3.0,
+) -> Denoising:
     """Each noise span becomes one mask token; the target is the whole text. special: places that are never hidden."""
     places = noise_places(len(ids), probability, mean, draw, poisson=True) & ~np.asarray(special, bool)
     source: list[int] = []
@@ -83,7 +93,16 @@ def bart(ids: Sequence[int], special: Sequence[bool], mask_token: int, start: in
     return Denoising(source, list(ids), [start, *ids[:-1]])
 
 
-def t5(ids: Sequence[int], special: Sequence[bool], sentinels: Sequence[int], start: int, draw: Draw, *, probability: float = 0.15, mean: float = 3.0) -> Denoising:
+def t5(
+    ids: Sequence[int],
+    special: Sequence[bool],
+    sentinels: Sequence[int],
+    start: int,
+    draw: Draw,
+    *,
+    probability: float = 0.15,
+    mean: float = 3.0,
+) -> Denoising:
     """Noise span i becomes sentinel i; the target is the complement, each span behind its sentinel, a last sentinel at the end.
 
     Raises ``UserError`` for fewer sentinels than spans.
@@ -97,7 +116,9 @@ def t5(ids: Sequence[int], special: Sequence[bool], sentinels: Sequence[int], st
             source += ids[a:b]
             continue
         if number + 1 >= len(sentinels):
-            raise UserError(f"{len(sentinels)} sentinels are too few for a text of {len(ids)} tokens: give more, or shorter texts")
+            raise UserError(
+                f"{len(sentinels)} sentinels are too few for a text of {len(ids)} tokens: give more, or shorter texts"
+            )
         source.append(sentinels[number])
         target += [sentinels[number], *ids[a:b]]
         number += 1
@@ -107,6 +128,7 @@ def t5(ids: Sequence[int], special: Sequence[bool], sentinels: Sequence[int], st
 
 def collated(examples: Sequence[Denoising], pad: int) -> dict[str, Tensor]:
     """``input_ids``, ``attention_mask``, ``decoder_input_ids``, ``labels`` (padding -100), int64."""
+
     def filled(rows: list[list[int]], value: int) -> Tensor:
         out = torch.full((len(rows), max(map(len, rows))), value, dtype=torch.int64)
         for place, row in zip(out, rows, strict=True):

@@ -30,7 +30,9 @@ class JointConfig(configs.Config):
     slot: int = Field(64, ge=4, description="tokens a slot, special ones included")
     premise: tuple[int, int] = Field((1, 1), description="sentences of the premise: fewest, most")
     candidate: tuple[int, int] = Field((1, 2), description="sentences of a candidate: fewest, most")
-    mode: Literal["following", "same"] = Field("following", description="the positive stands behind the premise, or on either side")
+    mode: Literal["following", "same"] = Field(
+        "following", description="the positive stands behind the premise, or on either side"
+    )
     hard: int = Field(2, ge=0, description="negatives from other paragraphs of the document")
     negatives: int = Field(4, ge=1, description="negatives in all, found for each premise")
 
@@ -111,9 +113,7 @@ class JointBuilder:
         others = [p for p in self.structure.paragraphs_of(document) if p != anchor]
         if not others or not c.hard:
             return []
-        picked = []
-        for _ in range(min(2 * c.hard, len(others))):
-            picked.append(others.pop(int(next(u) * len(others))))
+        picked = [others.pop(int(next(u) * len(others))) for _ in range(min(2 * c.hard, len(others)))]
         size = _between(c.candidate, next(u))
         pieces = []
         for p in picked:
@@ -140,9 +140,11 @@ def _between(ends: tuple[int, int], uniform: float) -> int:
     return ends[0] + int(uniform * (ends[1] - ends[0] + 1))
 
 
-def slots(texts: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], tokenizer: Tokenizer, k: int, slot: int) -> dict[str, Any]:
-    """A batch of rows of (k + 1) slots, each ``<s> text </s>`` and padding; types are slot numbers. texts: for each row the premise and
-    at most k candidates; slots without one are empty."""
+def slots(
+    texts: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], tokenizer: Tokenizer, k: int, slot: int
+) -> dict[str, Any]:
+    """A batch of rows of (k + 1) slots, each ``<s> text </s>`` and padding; types are slot numbers. texts: for each row the
+    premise and at most k candidates; slots without one are empty."""
     rows = []
     nothing = (np.zeros(0, np.int64), np.zeros(0, np.int64))
     for row in texts:
@@ -159,7 +161,9 @@ def slots(texts: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], tokenizer: T
     return batch
 
 
-def groups_of_k(scores: np.ndarray, k: int, how: Literal["all", "best", "worst", "random"], uniform: np.ndarray) -> list[np.ndarray]:
+def groups_of_k(
+    scores: np.ndarray, k: int, how: Literal["all", "best", "worst", "random"], uniform: np.ndarray
+) -> list[np.ndarray]:
     """Which candidates of one question go into a row together. all: shuffled and cut into groups of k, the last one shorter;
     best, worst: the k of highest or lowest first-stage score; random: k of them. uniform: one for each candidate."""
     order = {"best": np.argsort(-scores, kind="stable"), "worst": np.argsort(scores, kind="stable")}.get(

@@ -17,8 +17,8 @@ from unmask.systems.language.heads import IGNORED, PairHead, mean_cross_entropy
 from unmask.systems.language.ranking import TfIdf, chance_metrics, ranking_metrics
 from unmask.systems.language.structural_ssl.batches import JointBatches, PairBatches, StructuralSettings, TokenRows
 from unmask.systems.language.structural_ssl.scoring import Text, joint_scores, on, pair_scores, vectors
-from unmask.systems.language.structural_ssl.structure import Structure, uniforms
 from unmask.systems.language.structural_ssl.showing import pictures
+from unmask.systems.language.structural_ssl.structure import Structure, uniforms
 
 if TYPE_CHECKING:
     from unmask.systems.language.structural_ssl.model import StructuralSSL
@@ -37,8 +37,8 @@ class Question:
 
 
 def ranking_questions(structure: Structure, count: int, seed: int = 0) -> list[Question]:
-    """At most ``count`` questions: a sentence, one of its paragraph, two of other paragraphs of the document, two of other documents,
-    in random order. A function of the seed. Documents of one paragraph have other documents' sentences instead."""
+    """At most ``count`` questions: a sentence, one of its paragraph, two of other paragraphs of the document, two of other
+    documents, in random order. A function of the seed. Documents of one paragraph have other documents' sentences instead."""
     fitting = np.flatnonzero(structure.sizes >= 2)
     if len(structure.names) < 2 or not len(fitting):
         return []
@@ -173,7 +173,10 @@ def _ranking(
     frequencies = TfIdf(structure.span(structure.sentences_of(p))[0].tolist() for p in range(len(structure.sizes)))
     baseline["tf-idf"] = _percent(
         ranking_metrics(
-            [[frequencies.similarity(spans[q.query][0].tolist(), spans[s][0].tolist()) for s in q.candidates] for q in questions],
+            [
+                [frequencies.similarity(spans[q.query][0].tolist(), spans[s][0].tolist()) for s in q.candidates]
+                for q in questions
+            ],
             labels,
         )
     )
@@ -183,7 +186,9 @@ def _ranking(
     cosine = [[float(known[places[q.query]] @ known[places[s]]) for s in q.candidates] for q in questions]
     by_cosine = _percent(ranking_metrics(cosine, labels))
     if model.joint is not None and not model.joint.one_label:
-        scores = [joint_scores(model, spans[q.query], [spans[s] for s in q.candidates], tokenizer) for q in questions]
+        scores: Any = [
+            joint_scores(model, spans[q.query], [spans[s] for s in q.candidates], tokenizer) for q in questions
+        ]
         found = _percent(ranking_metrics(scores, labels))
         baseline["cosine of its mean states"] = by_cosine
     elif model.pair is not None:
@@ -197,11 +202,13 @@ def _ranking(
     few = model.config.few_labels
     if few.pairs:
         tuned = _tuned(model, data, draw, tell)
-        found["few_map"] = _percent(ranking_metrics(_by_pairs(tuned, questions, spans, tokenizer, length), labels))["map"]
+        found["few_map"] = _percent(ranking_metrics(_by_pairs(tuned, questions, spans, tokenizer, length), labels))[
+            "map"
+        ]
     return found
 
 
-def _by_pairs(model: Any, questions: Sequence[Question], spans: dict[int, Text], tokenizer: Any, length: int) -> np.ndarray:
+def _by_pairs(model: Any, questions: Sequence[Question], spans: dict[int, Text], tokenizer: Any, length: int) -> Any:
     a = [spans[q.query] for q in questions for _ in q.candidates]
     b = [spans[s] for q in questions for s in q.candidates]
     return pair_scores(model, a, b, tokenizer, length).reshape(len(questions), -1)
@@ -216,7 +223,7 @@ def _tuned(model: StructuralSSL, data: StructuralSettings, draw: Draw, tell: Cal
     structure = batches.structure
     pairs = []
     for number, q in enumerate(ranking_questions(structure, (few.pairs + 1) // 2, seed=1)):
-        wrong = [s for s, l in zip(q.candidates, q.labels, strict=True) if not l]
+        wrong = [s for s, right in zip(q.candidates, q.labels, strict=True) if not right]
         pairs += [(q.query, q.candidates[q.labels.index(1)], 1), (q.query, wrong[number % len(wrong)], 0)]
     tuned: Any = copy.deepcopy(model)
     device = next(model.parameters()).device
@@ -233,7 +240,10 @@ def _tuned(model: StructuralSSL, data: StructuralSettings, draw: Draw, tell: Cal
         rows = [pairs[i] for i in picked]
         from unmask.systems.language.structural_ssl.structure import framed, padded
 
-        fed = padded([framed([structure.span([a]), structure.span([b])], batches.tokenizer, data.length) for a, b, _ in rows], tuned.network.pad)
+        fed = padded(
+            [framed([structure.span([a]), structure.span([b])], batches.tokenizer, data.length) for a, b, _ in rows],
+            tuned.network.pad,
+        )
         hidden = tuned.network(on(fed, device))
         loss = mean_cross_entropy(tuned.pair(hidden[:, 0]), torch.tensor([y for *_, y in rows], device=device))
         for group in optimizer.param_groups:

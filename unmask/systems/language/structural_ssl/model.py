@@ -1,7 +1,7 @@
 """Structural self-supervised objectives for transformers. Di Liello, PhD thesis, University of Trento 2023, arXiv:2309.08272.
 
-Swap tokens and ask which (RTS, C-RTS) or what stood there (SLM), beside masking (MLM) and ELECTRA; show two or more spans of text and
-ask whether they come from one paragraph or document (SSP, SP, PSD, joint MSPP, contextual SDC, DDC, DSLC).
+Swap tokens and ask which (RTS, C-RTS) or what stood there (SLM), beside masking (MLM) and ELECTRA; show two or more spans of
+text and ask whether they come from one paragraph or document (SSP, SP, PSD, joint MSPP, contextual SDC, DDC, DSLC).
 
     model = StructuralSSL(StructuralSSL.Config(objective="rts", encoder={"size": "tiny", "vocabulary": 8192, "positions": 128}))
     loss = model.loss({"tokens": tokens}, draw=Seeded(0))["loss"]        # tokens [B, T]
@@ -70,7 +70,9 @@ class ClusterConfig(configs.Config):
     beta: float = Field(2.0, ge=0, description="how sharply pairs that fool the model are preferred")
     official_normalisation: bool = Field(False, description="counts as the authors' code normalises them")
     update_only_changed: bool = Field(True, description="only tokens that were really changed are counted")
-    cluster_from: str | None = Field(None, description="a folder whose word table is clustered; open: vectors counted in the text")
+    cluster_from: str | None = Field(
+        None, description="a folder whose word table is clustered; open: vectors counted in the text"
+    )
     map: str | None = Field(None, description="a JSON list of the cluster of each token")
 
 
@@ -85,7 +87,9 @@ class GeneratorConfig(configs.Config):
 class FewLabels(configs.Config):
     """Fine-tuning on few labelled pairs before ranking, when the system is measured."""
 
-    pairs: int = Field(0, ge=0, description="labelled pairs of the training text; 0: none, the pair head is taken as it is")
+    pairs: int = Field(
+        0, ge=0, description="labelled pairs of the training text; 0: none, the pair head is taken as it is"
+    )
     steps: int = Field(60, ge=1, description="steps")
     batch_size: int = Field(32, ge=2, description="pairs a step")
     lr: float = Field(5e-4, gt=0, description="learning rate, linear to 0")
@@ -115,7 +119,9 @@ class StructuralSSL(Trainable):
             "mlm", description="the objective of tokens beside one of structure"
         )
         encoder: EncoderConfig = Field(EncoderConfig(), description="the network; size=tiny ... large")
-        init: str | None = Field(None, description="a folder of transformers (BERT, RoBERTa, ELECTRA) or a run to go on from")
+        init: str | None = Field(
+            None, description="a folder of transformers (BERT, RoBERTa, ELECTRA) or a run to go on from"
+        )
         masking: MaskingConfig = Field(MaskingConfig(), description="which tokens are chosen")
         pairs: PairConfig = Field(PairConfig(), description="how pairs are made")
         joint: JointConfig = Field(JointConfig(), description="mspp: slots and candidates")
@@ -125,7 +131,9 @@ class StructuralSSL(Trainable):
         pair_weight: float = Field(1.0, ge=0, description="of the structural loss")
         discriminator_weight: float = Field(50.0, ge=0, description="of electra's discriminator")
         count_padding: bool = Field(False, description="rts: padding counts as unswapped, as the authors' code has it")
-        pair_head: Literal["", "bert", "roberta", "electra"] = Field("", description="its form; open: the encoder's family")
+        pair_head: Literal["", "bert", "roberta", "electra"] = Field(
+            "", description="its form; open: the encoder's family"
+        )
         labels: int = Field(2, ge=2, description="classes of pairs and candidates")
         few_labels: FewLabels = Field(FewLabels(), description="fine-tuning before ranking, when measured")
         special: dict[str, int] = Field({}, description="ids of pad, cls, sep, mask, unk; from the data")
@@ -137,11 +145,20 @@ class StructuralSSL(Trainable):
 
     config: Config
 
+    token_to_cluster_map: Tensor
+    pending: Tensor
+    counts: Tensor
+
     def __init__(self, config: Config):
         super().__init__(config)
         self.network = TextEncoder(config.encoder)
         full, dim = self.network.config, self.network.config.embed_dim
-        if self.task in ("mlm", "slm", "electra") and self.task != "none" and "mask" not in self.special and self.split[0] > 0:
+        if (
+            self.task in ("mlm", "slm", "electra")
+            and self.task != "none"
+            and "mask" not in self.special
+            and self.split[0] > 0
+        ):
             raise UserError(f"{self.task} needs a mask token: special='{{mask: 4}}', or a tokenizer that has one")
         self.words = WordHead(full) if self.task in ("mlm", "slm") else None
         self.swap = SwapHead(full) if self.task in ("rts", "crts") else None
@@ -225,7 +242,9 @@ class StructuralSSL(Trainable):
             if c.cluster_from:
                 table = start_from(c.cluster_from).state["network.words.weight"].float().numpy()
                 if len(table) < batches.tokenizer.size:
-                    raise UserError(f"{c.cluster_from} has {len(table)} words, the tokenizer {batches.tokenizer.size}: it does not fit")
+                    raise UserError(
+                        f"{c.cluster_from} has {len(table)} words, the tokenizer {batches.tokenizer.size}: it does not fit"
+                    )
                 table = table[: batches.tokenizer.size]
             add_clusters(batches, c.count, seed, table, read_map(c.map) if c.map else None)
         return batches
@@ -283,7 +302,9 @@ class StructuralSSL(Trainable):
             return objectives.swapped_words(tokens, words, draw, c.masking, vocabulary=vocabulary, special=special)
         if self.task == "crts":
             chances = cluster_probabilities(self.counts, c.clusters.beta, official=c.clusters.official_normalisation)
-            return objectives.swapped_by_clusters(tokens, words, draw, c.masking, self.cluster_map(), chances, special=special)
+            return objectives.swapped_by_clusters(
+                tokens, words, draw, c.masking, self.cluster_map(), chances, special=special
+            )
         return objectives.predicted_words(
             tokens,
             words,
@@ -296,7 +317,8 @@ class StructuralSSL(Trainable):
         )
 
     def loss(self, batch: Batch, draw: Draw, progress: Progress | None = None, phase: str = "main") -> Losses:
-        """``loss``, with ``token``, ``accuracy`` (of hidden tokens, or of decisions), ``pair`` and ``pair_accuracy`` where asked."""
+        """``loss``, with ``token``, ``accuracy`` (of hidden tokens, or of decisions), ``pair`` and ``pair_accuracy`` where
+        asked."""
         tokens, labels = self.changed(batch, draw)
         dropout = draw if self.training else None
         out: Losses = {}
@@ -317,7 +339,10 @@ class StructuralSSL(Trainable):
             logits = self.structure_logits(hidden, batch, dropout)
             loss = self.structure_loss(logits, batch["label"])
             answers, target = logits.detach().argmax(dim=-1), batch["label"]
-            out |= {"pair": loss.detach(), "pair_accuracy": (answers == target).sum() / (target != IGNORED).sum().clamp(min=1)}
+            out |= {
+                "pair": loss.detach(),
+                "pair_accuracy": (answers == target).sum() / (target != IGNORED).sum().clamp(min=1),
+            }
             total = total + self.config.pair_weight * loss
         return {"loss": total, **out}
 
@@ -452,12 +477,15 @@ class StructuralSSL(Trainable):
     def tokenizer(self) -> Tokenizer:
         """The one it was trained with. Raises ``UserError`` where it was saved without one."""
         if "tokenizer.json" not in self.side_files:
-            raise UserError("this structural_ssl was saved without its tokenizer: train it with unmask train structural_ssl")
+            raise UserError(
+                "this structural_ssl was saved without its tokenizer: train it with unmask train structural_ssl"
+            )
         return Tokenizer.from_text(self.side_files["tokenizer.json"])
 
     @torch.no_grad()
     def predict(self, inputs: list[Any], **options: Any) -> list[Any]:
-        """``SentenceScores`` for each text file (or text): by the pair or joint head against ``query`` or the rest of the paragraph; by
+        """``SentenceScores`` for each text file (or text): by the pair or joint head against ``query`` or the rest of the
+        paragraph; by
         the mean vectors' cosine where a token model gets a query; else how likely or how swapped its tokens look."""
         from unmask.systems.language.structural_ssl.scoring import sentence_scores
 

@@ -19,14 +19,16 @@ from unmask.systems.language.structural_ssl.model import StructuralSSL
 from unmask.systems.language.structural_ssl.tokens import MaskingConfig
 
 OPTIONS = (
-    "backbone", "num_attention_heads", "layer_norm_eps", "pad_token_id", "head_type", "k", "sentence_length", "special", "objective",
+    "backbone", "num_attention_heads", "layer_norm_eps", "pad_token_id", "head_type", "k", "sentence_length",
+    "special", "objective",
     "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob",
 )  # fmt: skip
 ROLES = {"pad_token_id": "pad", "bos_token_id": "cls", "eos_token_id": "sep", "mask_token_id": "mask"}
 
 
 def load_official(state: Mapping[str, Tensor], options: Mapping[str, Any] | None = None) -> StructuralSSL:
-    """The system with a checkpoint's weights: its heads say its objective. The sizes are read off the tensors; what they do not tell can
+    """The system with a checkpoint's weights: its heads say its objective. The sizes are read off the tensors; what they do
+    not tell can
     be given as options of transformers' names: ``num_attention_heads``, ``pad_token_id``, ``layer_norm_eps``; of joint models ``k``
     and ``sentence_length``. Raises ``UserError`` for weights of another kind."""
     options = dict(options or {})
@@ -77,7 +79,11 @@ def model_of(options: Mapping[str, Any], state: Mapping[str, Tensor]) -> Structu
         width = named["joint.out.weight"].shape[0]
         values["labels"] = width // k if kind == "RE_k" else width
     elif "pair" in places:
-        values |= {"objective": "ssp", "labels": named["pair.out.weight"].shape[0], "pair_head": family if family == "electra" else ""}
+        values |= {
+            "objective": "ssp",
+            "labels": named["pair.out.weight"].shape[0],
+            "pair_head": family if family == "electra" else "",
+        }
     else:
         values["objective"] = str(options.get("objective", values["token"] if values["token"] != "none" else "ssp"))
         if values["token"] == "none" and "discriminator" not in places:
@@ -175,20 +181,34 @@ def token_case(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict
     def keep(name: str, ids: Tensor, labels: Tensor) -> None:
         outputs.update({f"{name}_ids": ids, f"{name}_labels": labels})
 
-    for form, options in (("", {}), ("_whole_word", {"unit": "word", "official_tails": True}), ("_full_word", {"unit": "word"})):
+    for form, options in (
+        ("", {}),
+        ("_whole_word", {"unit": "word", "official_tails": True}),
+        ("_full_word", {"unit": "word"}),
+    ):
         masking = MaskingConfig(probability=config["probability"], **options)
         for name in ("mlm", "slm", "slm90"):
             split = config.get(f"{name}_split")
             if split is not None:
                 mask = config["mask_token_id"]
-                keep(f"{name}{form}", *objectives.predicted_words(tokens, words, draw, masking, split, mask_token=mask, **known))
+                keep(
+                    f"{name}{form}",
+                    *objectives.predicted_words(tokens, words, draw, masking, split, mask_token=mask, **known),
+                )
         keep(f"rts{form}", *objectives.swapped_words(tokens, words, draw, masking, **known))
         for name, official in (("crts", True), ("crts_rows", False)):
             chances = cluster_probabilities(tensors["in.counts"], config["beta"], official=official)
-            keep(f"{name}{form}", *objectives.swapped_by_clusters(tokens, words, draw, masking, clusters, chances, special=special))
+            keep(
+                f"{name}{form}",
+                *objectives.swapped_by_clusters(tokens, words, draw, masking, clusters, chances, special=special),
+            )
             outputs["cluster_probabilities" if official else "cluster_probabilities_rows"] = chances.float()
     original, substituted = tensors["in.update_original"], tensors["in.update_substituted"]
-    where = original != substituted if config.get("update_only_changed", True) else torch.ones_like(original, dtype=torch.bool)
+    where = (
+        original != substituted
+        if config.get("update_only_changed", True)
+        else torch.ones_like(original, dtype=torch.bool)
+    )
     if "in.update_attention_mask" in tensors:
         where = where & (tensors["in.update_attention_mask"] > 0)
     wrong = tensors["in.update_predictions"] != tensors["in.update_labels"]

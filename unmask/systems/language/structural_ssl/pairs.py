@@ -1,7 +1,7 @@
 """Pairs of spans and whether they come from one unit: SSP, SP, PSD, their mixture, and the contextual SDC, DDC, DSLC.
 
-Di Liello et al. 2022 (arXiv:2205.10455) and 2023 (2305.15358). Of each positive, ``negatives`` negatives are made with the same first
-span, up to ``hard`` of them from the same document. Everything is a function of (seed, number of the example).
+Di Liello et al. 2022 (arXiv:2205.10455) and 2023 (2305.15358). Of each positive, ``negatives`` negatives are made with the
+same first span, up to ``hard`` of them from the same document. Everything is a function of (seed, number of the example).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -72,7 +72,9 @@ class PairBuilder:
         group = 1 + self.config.negatives
         shared = uniforms(self.seed, "anchor", np.asarray(numbers) // group, 8)
         own = uniforms(self.seed, "example", np.asarray(numbers), 8)
-        return [self._example(int(n) // group, int(n) % group, s, o) for n, s, o in zip(numbers, shared, own, strict=True)]
+        return [
+            self._example(int(n) // group, int(n) % group, s, o) for n, s, o in zip(numbers, shared, own, strict=True)
+        ]
 
     def _example(self, group: int, member: int, shared: np.ndarray, own: np.ndarray) -> Example:
         """shared: uniforms of the positive and its negatives; own: of this one."""
@@ -81,7 +83,11 @@ class PairBuilder:
         objective = self._objective(anchor, shared[0])
         document = int(self.documents[anchor])
         others = [p for p in s.paragraphs_of(document) if p != anchor]
-        hard = 0 if objective == "psd" else min(math.floor(self.config.hard + shared[1]), self.config.negatives, len(others))
+        hard = (
+            0
+            if objective == "psd"
+            else min(math.floor(self.config.hard + shared[1]), self.config.negatives, len(others))
+        )
         kind = POSITIVE if member == 0 else HARD if member <= hard else EASY
         a = self._first(anchor, objective, shared[2:])
         if kind == POSITIVE:
@@ -101,7 +107,7 @@ class PairBuilder:
         edges = np.cumsum(list(fits.values()))
         return list(fits)[min(int(np.searchsorted(edges, uniform * edges[-1], side="right")), len(fits) - 1)]
 
-    def _first(self, paragraph: int, objective: str, u: Sequence[float]) -> tuple[int, ...]:
+    def _first(self, paragraph: int, objective: str, u: Any) -> tuple[int, ...]:
         inside = self.structure.sentences_of(paragraph)
         if objective == "psd":
             return tuple(inside)
@@ -109,28 +115,33 @@ class PairBuilder:
         start = int(u[1] * (len(inside) - size + 1))
         return tuple(inside[start : start + size])
 
-    def _second(self, paragraph: int, taken: tuple[int, ...], objective: str, u: Sequence[float]) -> tuple[int, ...]:
+    def _second(self, paragraph: int, taken: tuple[int, ...], objective: str, u: Any) -> tuple[int, ...]:
         inside = self.structure.sentences_of(paragraph)
         free = [s for s in inside if s not in taken]
         if objective in ("sp", "psd"):
             return tuple(free)
         first = free[int(u[0] * len(free))]
         size = 1 + int(u[1] * self.config.span)
-        out = []
+        out: list[int] = []
         for s in range(first, inside.stop):
             if s in taken or len(out) == size:
                 break
             out.append(s)
         return tuple(out)
 
-    def _context(self, a: Sequence[int], b: Sequence[int], paragraph: int, objective: str, uniform: float) -> tuple[int, ...]:
+    def _context(
+        self, a: Sequence[int], b: Sequence[int], paragraph: int, objective: str, uniform: float
+    ) -> tuple[int, ...]:
         """Of b; never with a sentence of a or b, which would give the answer away."""
         s = self.structure
         document = int(self.documents[paragraph])
         inside = s.paragraphs_of(document)
         if objective == "dslc":
             low, high = s.sentences_of(inside[0]).start, s.sentences_of(inside[-1]).stop
-            near = [*range(max(b[0] - self.config.context, low), b[0]), *range(b[-1] + 1, min(b[-1] + 1 + self.config.context, high))]
+            near = [
+                *range(max(b[0] - self.config.context, low), b[0]),
+                *range(b[-1] + 1, min(b[-1] + 1 + self.config.context, high)),
+            ]
         else:
             near = list(s.sentences_of(inside[0] if objective == "sdc" else inside[int(uniform * len(inside))]))
         return tuple(i for i in near if i not in a and i not in b)

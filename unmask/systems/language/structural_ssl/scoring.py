@@ -42,10 +42,14 @@ def length_of(model: Any) -> int:
 
 
 @torch.no_grad()
-def pair_scores(model: Any, a: Sequence[Text], b: Sequence[Text], tokenizer: Tokenizer, length: int | None = None) -> np.ndarray:
+def pair_scores(
+    model: Any, a: Sequence[Text], b: Sequence[Text], tokenizer: Tokenizer, length: int | None = None
+) -> np.ndarray:
     """The chance that each pair belongs together, by the pair head."""
     device = next(model.parameters()).device
-    rows = [framed(pair, tokenizer, min(length or length_of(model), length_of(model))) for pair in zip(a, b, strict=True)]
+    rows = [
+        framed(pair, tokenizer, min(length or length_of(model), length_of(model))) for pair in zip(a, b, strict=True)
+    ]
     out = []
     for batch in _sorted_batches(rows, tokenizer.special["pad"]):
         at, fed = batch
@@ -83,8 +87,8 @@ def _restored(parts: list[tuple[np.ndarray, np.ndarray]], count: int) -> np.ndar
 
 @torch.no_grad()
 def token_scores(model: Any, texts: Sequence[Text], tokenizer: Tokenizer) -> np.ndarray:
-    """A number a text: of models of swaps the mean chance that a token was swapped; else the mean log-probability of its tokens, each
-    hidden once (Salazar et al. 2020, arXiv:1910.14659, several hidden at once)."""
+    """A number a text: of models of swaps the mean chance that a token was swapped; else the mean log-probability of its
+    tokens, each hidden once (Salazar et al. 2020, arXiv:1910.14659, several hidden at once)."""
     device = next(model.parameters()).device
     rows = [framed([t], tokenizer, length_of(model)) for t in texts]
     out = []
@@ -125,9 +129,13 @@ def joint_scores(model: Any, query: Text, texts: Sequence[Text], tokenizer: Toke
 
 
 def read_sentences(item: Any) -> tuple[list[str], list[int], str]:
-    """The sentences of a file or text, the paragraph of each, and the source's name. Raises ``UserError`` for text without a sentence."""
-    if isinstance(item, Path) or (isinstance(item, str) and "\n" not in item and len(item) < 1024 and Path(item).exists()):
-        sentences, paragraphs = [], []
+    """The sentences of a file or text, the paragraph of each, and the source's name. Raises ``UserError`` for text without a
+    sentence."""
+    if isinstance(item, Path) or (
+        isinstance(item, str) and "\n" not in item and len(item) < 1024 and Path(item).exists()
+    ):
+        sentences: list[Any] = []
+        paragraphs: list[Any] = []
         for document in documents(open_text(item)):
             for paragraph in document.paragraphs:
                 paragraphs += [paragraphs[-1] + 1 if paragraphs else 0] * len(paragraph)
@@ -162,9 +170,7 @@ def sentence_scores(model: Any, item: Any, query: str = "") -> SentenceScores:
     else:
         scores = token_scores(model, texts, tokenizer)
         unit = "mean log-probability of its tokens" if model.words is not None else "mean chance of a swapped token"
-    return SentenceScores(
-        sentences, [float(s) for s in scores], unit, query, paragraphs, source=source
-    )
+    return SentenceScores(sentences, [float(s) for s in scores], unit, query, paragraphs, source=source)
 
 
 def _rest(texts: Sequence[Text], paragraphs: Sequence[int], number: int) -> Text:

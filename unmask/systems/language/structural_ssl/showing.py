@@ -59,7 +59,7 @@ def pictures(model: Any, batch: Batch, draw: Draw) -> list[Picture]:
         rows.append([text_picture([*_answer(model, few, hidden, one), *pieces])])
     what = {
         "mlm": "Hidden tokens in colour: what the model said, green where right, red with the truth below where wrong.",
-        "slm": "Swapped tokens in colour: what the model said stood there, green where right, red with the truth below where wrong.",
+        "slm": "Swapped tokens in colour: what the model said stood there, green where right, else red above the truth.",
         "none": "Rows as the model saw them.",
     }.get(
         model.task,
@@ -128,7 +128,14 @@ def _answer(model: Any, batch: Batch, hidden: Tensor, one: int) -> list[Piece]:
         return []
     if model.joint is not None:
         chances = model.structure_logits(hidden[one : one + 1], batch).float().softmax(dim=-1)[0]
-        shown = [f"{float(c[1]):.2f}{'*' if int(t) == 1 else ''}" for c, t in zip(chances, batch["label"][one], strict=False)] if chances.ndim == 2 else []
+        shown = (
+            [
+                f"{float(c[1]):.2f}{'*' if int(t) == 1 else ''}"
+                for c, t in zip(chances, batch["label"][one], strict=False)
+            ]
+            if chances.ndim == 2
+            else []
+        )
         return [Piece(f"candidates (* the same paragraph): {'  '.join(shown)}", FAINT), Piece("\n")]
     starts = batch.get("starts")
     which = [one] if starts is None else [i for i, (row, _) in enumerate(starts.tolist()) if row == one]
@@ -137,6 +144,8 @@ def _answer(model: Any, batch: Batch, hidden: Tensor, one: int) -> list[Piece]:
     for i in which:
         label, chance = int(batch["label"][i]), float(chances[i])
         words = "belong together" if label == 1 else "do not belong together"
-        pieces.append(Piece(f"{words}; the model: {100 * chance:.0f} %", RIGHT if (chance > 0.5) == (label == 1) else WRONG))
+        pieces.append(
+            Piece(f"{words}; the model: {100 * chance:.0f} %", RIGHT if (chance > 0.5) == (label == 1) else WRONG)
+        )
         pieces.append(Piece("\n"))
     return pieces

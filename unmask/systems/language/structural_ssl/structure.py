@@ -19,8 +19,8 @@ PIECE = 2048  # sentences that are tokenised at once
 
 @dataclass(frozen=True)
 class Structure:
-    """Sentence s is ``ids[sentences[s] : sentences[s + 1]]``, paragraph p the sentences ``paragraphs[p] ... paragraphs[p + 1] - 1``,
-    document d the paragraphs ``documents[d] ... documents[d + 1] - 1``. words: numbered from 0 in each sentence."""
+    """Sentence s is ``ids[sentences[s] : sentences[s + 1]]``, paragraph p the sentences ``paragraphs[p] ... paragraphs[p +
+    1] - 1``, document d the paragraphs ``documents[d] ... documents[d + 1] - 1``. words: numbered from 0 in each sentence."""
 
     ids: np.ndarray
     words: np.ndarray
@@ -57,7 +57,9 @@ class Structure:
         return np.concatenate(ids).astype(np.int64), np.concatenate(words).astype(np.int64)
 
 
-def structure_of(documents: Iterable[Document], tokenizer: Tokenizer, min_chars: Sequence[int] = (20, 60, 200)) -> Structure:
+def structure_of(
+    documents: Iterable[Document], tokenizer: Tokenizer, min_chars: Sequence[int] = (20, 60, 200)
+) -> Structure:
     """Tokenised documents. min_chars: shorter sentences, then paragraphs, then documents are left out."""
     texts: list[str] = []
     paragraphs, starts, names = [0], [0], []
@@ -68,8 +70,8 @@ def structure_of(documents: Iterable[Document], tokenizer: Tokenizer, min_chars:
             if long_enough and sum(map(len, long_enough)) >= min_chars[1]:
                 kept.append(long_enough)
         if kept and sum(len(s) for p in kept for s in p) >= min_chars[2]:
-            for paragraph in kept:
-                texts += paragraph
+            for sentences in kept:
+                texts += sentences
                 paragraphs.append(len(texts))
             starts.append(len(paragraphs) - 1)
             names.append(document.name)
@@ -82,7 +84,8 @@ def structure_of(documents: Iterable[Document], tokenizer: Tokenizer, min_chars:
             words.append(np.array(one.words, dtype=np.int32))
             offsets.append(offsets[-1] + len(one.ids))
     joined = [np.concatenate(a) if a else np.zeros(0, np.int32) for a in (ids, words)]
-    return Structure(joined[0], joined[1], *(np.array(o, dtype=np.int64) for o in (offsets, paragraphs, starts)), tuple(names))
+    numbers = [np.array(o, dtype=np.int64) for o in (offsets, paragraphs, starts)]
+    return Structure(joined[0], joined[1], numbers[0], numbers[1], numbers[2], tuple(names))
 
 
 def check_structure(structure: Structure, uri: str, *, needs: str = "sentences") -> None:
@@ -113,7 +116,9 @@ def uniforms(seed: int, name: str, numbers: np.ndarray, count: int) -> np.ndarra
 
     key = int.from_bytes(hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest(), "little")
     number = torch.from_numpy(np.asarray(numbers, dtype=np.int64))
-    out = philox(torch.arange((count + 3) // 4)[None], number[:, None] & 0xFFFFFFFF, (0, 0), (key & 0xFFFFFFFF, key >> 32))
+    out = philox(
+        torch.arange((count + 3) // 4)[None], number[:, None] & 0xFFFFFFFF, (0, 0), (key & 0xFFFFFFFF, key >> 32)
+    )
     return (out.flatten(1)[:, :count] >> 8).double().numpy() * 2.0**-24
 
 
@@ -127,8 +132,8 @@ class Row:
 
 
 def framed(parts: Sequence[tuple[np.ndarray, np.ndarray]], tokenizer: Tokenizer, length: int) -> Row:
-    """``[CLS] A [SEP] B [SEP]`` or ``<s> A </s></s> B </s>``, for any number of texts, cut to ``length``: one token at a time from the
-    end of the text that is longest at that moment, the first of equals."""
+    """``[CLS] A [SEP] B [SEP]`` or ``<s> A </s></s> B </s>``, for any number of texts, cut to ``length``: one token at a
+    time from the end of the text that is longest at that moment, the first of equals."""
     special, double = tokenizer.special, tokenizer.style == "roberta"
     frame = 1 + len(parts) + (len(parts) - 1 if double else 0)
     sizes = shortened([len(ids) for ids, _ in parts], length - frame)
@@ -185,7 +190,9 @@ def packed(rows: Sequence[Row], pad: int, length: int) -> dict[str, Any]:
     from unmask.data.text.packing import packed_rows
 
     bins = packed_rows(np.array([len(r.tokens) for r in rows]), length)
-    joined = [Row(*(np.concatenate([getattr(rows[i], n) for i in b]) for n in ("tokens", "words", "types"))) for b in bins]
+    joined = [
+        Row(*(np.concatenate([getattr(rows[i], n) for i in b]) for n in ("tokens", "words", "types"))) for b in bins
+    ]
     batch = padded(joined, pad, length)
     segments, positions = (np.zeros((len(bins), length), dtype=np.int64) for _ in range(2))
     starts = np.zeros((len(rows), 2), dtype=np.int64)
@@ -197,4 +204,7 @@ def packed(rows: Sequence[Row], pad: int, length: int) -> dict[str, Any]:
             positions[number, at : at + size] = np.arange(size)
             starts[i] = number, at
             at += size
-    return {**batch, **{k: torch.from_numpy(v) for k, v in (("segments", segments), ("positions", positions), ("starts", starts))}}
+    return {
+        **batch,
+        **{k: torch.from_numpy(v) for k, v in (("segments", segments), ("positions", positions), ("starts", starts))},
+    }

@@ -40,7 +40,9 @@ class MaskingConfig(configs.Config):
     @model_validator(mode="after")
     def _a_whole(self) -> MaskingConfig:
         if self.split is not None and (min(self.split) < 0 or abs(sum(self.split) - 1) > 1e-6):
-            raise ValueError(f"split={list(self.split)} sums to {sum(self.split):g}: shares masked, replaced, kept sum to 1")
+            raise ValueError(
+                f"split={list(self.split)} sums to {sum(self.split):g}: shares masked, replaced, kept sum to 1"
+            )
         return self
 
     def split_for(self, objective: str) -> tuple[float, float, float]:
@@ -56,15 +58,15 @@ def choose(words: Tensor, draw: Draw, config: MaskingConfig, objective: str) -> 
     """The chosen places (bool ``[B, T]``) and the place whose draws each of them follows."""
     select = draw.uniform("select", words.shape, device=words.device)
     length = draw.uniform("length", words.shape, device=words.device) if config.unit == "span" else None
-    chosen, origin = chosen_tokens(select, words, config.probability, config.units(), length=length, mean=config.mean_span)
+    chosen, origin = chosen_tokens(
+        select, words, config.probability, config.units(), length=length, mean=config.mean_span
+    )
     if objective == "crts" and config.unit == "word" and config.official_tails:
         chosen = chosen & (origin == torch.arange(words.shape[1], device=words.device))
     return chosen, origin
 
 
-def random_tokens(
-    tokens: Tensor, draw: Draw, vocabulary: int, special: Iterable[int], config: MaskingConfig
-) -> Tensor:
+def random_tokens(tokens: Tensor, draw: Draw, vocabulary: int, special: Iterable[int], config: MaskingConfig) -> Tensor:
     """Ids ``[B, T]``, uniform over the whole vocabulary (special ones and the original included, as the authors do it) or over what
     the options leave of it."""
     if not (config.exclude_special or config.exclude_original):

@@ -60,7 +60,9 @@ class TextClassifier(Trainable):
 
     class Config(configs.Config):
         encoder: EncoderConfig = Field(EncoderConfig(), description="the network; size=tiny ... large")
-        init: str | None = Field(None, description="a run, or a folder of transformers: its encoder and weights are taken")
+        init: str | None = Field(
+            None, description="a run, or a folder of transformers: its encoder and weights are taken"
+        )
         classes: int | tuple[str, ...] | None = Field(None, description="their names or number; from the data if open")
         pool: Literal["cls", "mean"] = Field("cls", description="the first token, or the mean of all")
         head: Literal["", "bert", "roberta", "electra"] = Field("", description="its form; open: the encoder's family")
@@ -71,7 +73,9 @@ class TextClassifier(Trainable):
     def __init__(self, config: Config):
         super().__init__(config)
         if config.classes is None:
-            raise UserError("text_classifier: classes is open: give their number or names (classes=2), or data with labels")
+            raise UserError(
+                "text_classifier: classes is open: give their number or names (classes=2), or data with labels"
+            )
         self.network = TextEncoder(config.encoder)
         c = self.network.config
         kind: Any = config.head or ("electra" if c.word_dim != c.embed_dim else c.style)
@@ -92,7 +96,9 @@ class TextClassifier(Trainable):
         if start is not None:
             check_tokenizer(batches.tokenizer, start)
         if batches.classes is None:
-            raise UserError(f"text_classifier needs labels, {data.uri} has none: name their column: data.columns.label=NAME")
+            raise UserError(
+                f"text_classifier needs labels, {data.uri} has none: name their column: data.columns.label=NAME"
+            )
         return batches
 
     @classmethod
@@ -135,7 +141,9 @@ class TextClassifier(Trainable):
 
     def loss(self, batch: Batch, draw: Draw, progress: Progress | None = None, phase: str = "main") -> Losses:
         if batch.get("label") is None:
-            raise UserError("text_classifier needs labels, this data has none: name their column: data.columns.label=NAME")
+            raise UserError(
+                "text_classifier needs labels, this data has none: name their column: data.columns.label=NAME"
+            )
         label = torch.where(batch["label"] < 0, -100, batch["label"])
         logits = self.logits(batch, draw if self.training else None).float()
         top1 = (logits.detach().argmax(dim=1) == label).float().mean()
@@ -169,7 +177,9 @@ class TextClassifier(Trainable):
     def tokenizer(self) -> Tokenizer:
         """The one it was trained with. Raises ``UserError`` where it was saved without one."""
         if "tokenizer.json" not in self.side_files:
-            raise UserError("this text_classifier was saved without its tokenizer: train it with unmask train text_classifier")
+            raise UserError(
+                "this text_classifier was saved without its tokenizer: train it with unmask train text_classifier"
+            )
         return Tokenizer.from_text(self.side_files["tokenizer.json"])
 
     # --- answering ---
@@ -239,7 +249,9 @@ class TextClassifier(Trainable):
         self.eval()
         out = []
         for item in inputs:
-            if isinstance(item, Path) or (isinstance(item, str) and "\n" not in item and len(item) < 1024 and Path(item).exists()):
+            if isinstance(item, Path) or (
+                isinstance(item, str) and "\n" not in item and len(item) < 1024 and Path(item).exists()
+            ):
                 rows = list(open_text(item).rows())
                 texts, pairs = [r.text for r in rows], [r.pair for r in rows]
             else:
