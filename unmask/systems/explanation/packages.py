@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import numpy as np
@@ -70,26 +70,37 @@ class LimePackage:
             return found.cpu().double().numpy()
 
         state = int(draw.integers("lime", 0, 2**31 - 1, (1,), shared=True))
-        quiet = {"progress_bar": False}  # the progress is told by us; not every version has one of its own
-        taken = inspect.signature(LimeImageExplainer.explain_instance).parameters
-        explained = LimeImageExplainer(c.kernel_width, random_state=state).explain_instance(
-            pixels,
-            answer,
-            labels=(label,),
-            top_labels=None,
-            hide_color=colours[c.masking],
-            num_samples=c.samples,
-            batch_size=c.batch_size,
-            segmentation_fn=lambda _: segments.numpy(),
-            num_features=count_of(segments),
-            **{k: v for k, v in quiet.items() if k in taken},
-        )
+        with _without_bar():
+            explained = LimeImageExplainer(c.kernel_width, random_state=state).explain_instance(
+                pixels,
+                answer,
+                labels=(label,),
+                top_labels=None,
+                hide_color=colours[c.masking],
+                num_samples=c.samples,
+                batch_size=c.batch_size,
+                segmentation_fn=lambda _: segments.numpy(),
+                num_features=count_of(segments),
+            )
         weights = torch.zeros(count_of(segments))
         for region, value in explained.local_exp[label]:
             weights[region] = float(value)
         score = explained.score[label] if isinstance(explained.score, dict) else explained.score
         notes = {"r2": float(score), "regions": count_of(segments), "samples": c.samples, "masking": c.masking}
         return Attribution(painted(weights, segments), label, {**notes, "weights": weights, "segments": segments})
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """The package draws a bar of its own; the progress is told by us."""
+    from lime import lime_image
+
+    before = lime_image.tqdm
+    lime_image.tqdm = lambda rows, *_, **__: rows
+    try:
+        yield
+    finally:
+        lime_image.tqdm = before
 
 
 def _mean_colour(known: Preprocessing) -> tuple[float, ...]:

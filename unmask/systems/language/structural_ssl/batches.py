@@ -19,9 +19,12 @@ from unmask.data.text.batches import tokenizer_for
 from unmask.data.text.tokenizer import FILE
 from unmask.draw import Seeded
 from unmask.errors import UserError
-from unmask.systems.language.structural_ssl.clusters import check_map, learned_map, word_vectors
+from unmask.systems.language.checkpoints import check_tokenizer, start_from
+from unmask.systems.language.starting import tokenizer_of
+from unmask.systems.language.structural_ssl.clusters import check_map, learned_map, read_map, word_vectors
 from unmask.systems.language.structural_ssl.joint import JointBuilder, JointConfig, slots
 from unmask.systems.language.structural_ssl.pairs import Example, PairBuilder, PairConfig
+from unmask.systems.language.structural_ssl.settings import TOKENS, StructuralConfig
 from unmask.systems.language.structural_ssl.structure import Row, Structure, framed, packed, padded, structure_of
 
 CLUSTERS = "clusters.json"
@@ -196,3 +199,31 @@ def add_clusters(batches: Any, clusters: int, seed: int, table: np.ndarray | Non
     count = check_map(given, tokenizer.size, special)
     batches.facts = replace(batches.facts, extra={**batches.facts.extra, "clusters": count})
     batches.side_files[CLUSTERS] = json.dumps({"token_to_cluster_map": given.tolist()}, separators=(",", ":"))
+
+
+def open_structural(config: StructuralConfig, data: StructuralSettings, batch_size: int, seed: int) -> Any:
+    """The batches of an objective: ``TokenRows``, ``PairBatches`` or ``JointBatches``, with the tokenizer of ``init`` where there is one
+    and a cluster map for crts. Raises ``UserError``."""
+    start = start_from(config.init) if config.init else None
+    tokenizer = tokenizer_of(data, start)
+    batches: Any
+    if config.objective in TOKENS:
+        batches = TokenRows(data, batch_size, seed, tokenizer=tokenizer)
+    elif config.objective == "mspp":
+        batches = JointBatches(data, config.joint, batch_size, seed, tokenizer=tokenizer)
+    else:
+        batches = PairBatches(data, config.pairs, config.objective, batch_size, seed, tokenizer=tokenizer)
+    if start is not None:
+        check_tokenizer(batches.tokenizer, start)
+    if (config.objective if config.objective in TOKENS else config.token) == "crts":
+        c = config.clusters
+        table = None
+        if c.cluster_from:
+            table = start_from(c.cluster_from).state["network.words.weight"].float().numpy()
+            if len(table) < batches.tokenizer.size:
+                raise UserError(
+                    f"{c.cluster_from} has {len(table)} words, the tokenizer {batches.tokenizer.size}: it does not fit"
+                )
+            table = table[: batches.tokenizer.size]
+        add_clusters(batches, c.count, seed, table, read_map(c.map) if c.map else None)
+    return batches

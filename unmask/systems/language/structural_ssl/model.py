@@ -14,21 +14,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unmask import config as configs
-from unmask.config import Field, validated
+from unmask.config import validated
 from unmask.contracts import Batch, DataFacts, Losses, Picture, Progress, Trainable, TrainingBatches
 from unmask.data.text import Tokenizer
 from unmask.data.text.formats import SUFFIXES
 from unmask.draw import Draw
 from unmask.errors import UserError
 from unmask.nn.collective import summed_over_processes
-from unmask.systems.language.checkpoints import adopt, check_tokenizer, start_from
+from unmask.systems.language.checkpoints import adopt, start_from
 from unmask.systems.language.encoder import EncoderConfig, TextEncoder
 from unmask.systems.language.heads import (
     IGNORED,
@@ -39,60 +39,20 @@ from unmask.systems.language.heads import (
     WordHead,
     mean_cross_entropy,
 )
-from unmask.systems.language.starting import encoder_for, tokenizer_of
+from unmask.systems.language.starting import encoder_for
 from unmask.systems.language.structural_ssl import tokens as objectives
 from unmask.systems.language.structural_ssl.batches import (
     CLUSTERS,
-    JointBatches,
-    PairBatches,
     StructuralSettings,
-    TokenRows,
-    add_clusters,
+    open_structural,
 )
 from unmask.systems.language.structural_ssl.clusters import (
     check_map,
     cluster_probabilities,
     count_changes,
-    read_map,
 )
-from unmask.systems.language.structural_ssl.joint import JointConfig
-from unmask.systems.language.structural_ssl.pairs import CONTEXTUAL, PAIRS, PairConfig
-from unmask.systems.language.structural_ssl.tokens import MaskingConfig
-
-TOKENS = ("mlm", "slm", "rts", "crts", "electra")
-Objective = Literal["mlm", "slm", "rts", "crts", "electra", "ssp", "sp", "psd", "all", "sdc", "ddc", "dslc", "mspp"]
-
-
-class ClusterConfig(configs.Config):
-    """C-RTS's clusters of tokens."""
-
-    count: int = Field(100, ge=1, description="clusters")
-    beta: float = Field(2.0, ge=0, description="how sharply pairs that fool the model are preferred")
-    official_normalisation: bool = Field(False, description="counts as the authors' code normalises them")
-    update_only_changed: bool = Field(True, description="only tokens that were really changed are counted")
-    cluster_from: str | None = Field(
-        None, description="a folder whose word table is clustered; open: vectors counted in the text"
-    )
-    map: str | None = Field(None, description="a JSON list of the cluster of each token")
-
-
-class GeneratorConfig(configs.Config):
-    """ELECTRA's generator."""
-
-    share: float = Field(0.5, gt=0, le=1, description="of the width, heads and MLP")
-    depth: int | None = Field(None, ge=1, description="blocks; open: as many")
-    tie: Literal["words", "embeddings", "none"] = Field("words", description="which tables both networks share")
-
-
-class FewLabels(configs.Config):
-    """Fine-tuning on few labelled pairs before ranking, when the system is measured."""
-
-    pairs: int = Field(
-        0, ge=0, description="labelled pairs of the training text; 0: none, the pair head is taken as it is"
-    )
-    steps: int = Field(60, ge=1, description="steps")
-    batch_size: int = Field(32, ge=2, description="pairs a step")
-    lr: float = Field(5e-4, gt=0, description="learning rate, linear to 0")
+from unmask.systems.language.structural_ssl.pairs import CONTEXTUAL, PAIRS
+from unmask.systems.language.structural_ssl.settings import TOKENS, Ask, StructuralConfig
 
 
 class StructuralSSL(Trainable):
@@ -113,43 +73,15 @@ class StructuralSSL(Trainable):
     suffixes: ClassVar[tuple[str, ...]] = (*SUFFIXES, ".txt.gz", ".txt.xz")
     predict_batch: ClassVar[int] = 1
 
-    class Config(configs.Config):
-        objective: Objective = Field("ssp", description="of tokens: mlm slm rts crts electra; of structure: all others")
-        token: Literal["mlm", "slm", "rts", "crts", "electra", "none"] = Field(
-            "mlm", description="the objective of tokens beside one of structure"
-        )
-        encoder: EncoderConfig = Field(EncoderConfig(), description="the network; size=tiny ... large")
-        init: str | None = Field(
-            None, description="a folder of transformers (BERT, RoBERTa, ELECTRA) or a run to go on from"
-        )
-        masking: MaskingConfig = Field(MaskingConfig(), description="which tokens are chosen")
-        pairs: PairConfig = Field(PairConfig(), description="how pairs are made")
-        joint: JointConfig = Field(JointConfig(), description="mspp: slots and candidates")
-        clusters: ClusterConfig = Field(ClusterConfig(), description="crts")
-        generator: GeneratorConfig = Field(GeneratorConfig(), description="electra")
-        token_weight: float = Field(1.0, ge=0, description="of the token loss")
-        pair_weight: float = Field(1.0, ge=0, description="of the structural loss")
-        discriminator_weight: float = Field(50.0, ge=0, description="of electra's discriminator")
-        count_padding: bool = Field(False, description="rts: padding counts as unswapped, as the authors' code has it")
-        pair_head: Literal["", "bert", "roberta", "electra"] = Field(
-            "", description="its form; open: the encoder's family"
-        )
-        labels: int = Field(2, ge=2, description="classes of pairs and candidates")
-        few_labels: FewLabels = Field(FewLabels(), description="fine-tuning before ranking, when measured")
-        special: dict[str, int] = Field({}, description="ids of pad, cls, sep, mask, unk; from the data")
-
-    class Ask(configs.Config):
-        """What to score sentences by."""
-
-        query: str = Field("", description="a sentence that all are compared with; empty: the rest of their paragraph")
-
-    config: Config
+    Config = StructuralConfig
+    Ask: ClassVar[type[configs.Config]] = Ask
+    config: StructuralConfig
 
     token_to_cluster_map: Tensor
     pending: Tensor
     counts: Tensor
 
-    def __init__(self, config: Config):
+    def __init__(self, config: StructuralConfig):
         super().__init__(config)
         self.network = TextEncoder(config.encoder)
         full, dim = self.network.config, self.network.config.embed_dim
@@ -182,17 +114,8 @@ class StructuralSSL(Trainable):
             self.register_buffer("pending", torch.zeros(count, count, dtype=torch.int64), persistent=False)
 
     def _build_generator(self, full: EncoderConfig) -> None:
-        c, g = full, self.config.generator
-        heads = max(round(c.num_heads * g.share), 1)
-        small = c.model_copy(
-            update={
-                "embed_dim": max(round(c.embed_dim * g.share) // heads, 1) * heads,
-                "num_heads": heads,
-                "mlp_dim": max(round(c.mlp_dim * g.share), 1),
-                "depth": g.depth or c.depth,
-                "word_dim": c.word_dim,
-            }
-        )
+        g = self.config.generator
+        small = g.sizes(full)
         self.generator = TextEncoder(small)
         self.generated = WordHead(small)
         if g.tie != "none":
@@ -224,33 +147,13 @@ class StructuralSSL(Trainable):
 
     # --- construction ---
     @classmethod
-    def open_batches(cls, config: Config, data: StructuralSettings, batch_size: int, seed: int) -> TrainingBatches:
-        start = start_from(config.init) if config.init else None
-        tokenizer = tokenizer_of(data, start)
-        batches: Any
-        if config.objective in TOKENS:
-            batches = TokenRows(data, batch_size, seed, tokenizer=tokenizer)
-        elif config.objective == "mspp":
-            batches = JointBatches(data, config.joint, batch_size, seed, tokenizer=tokenizer)
-        else:
-            batches = PairBatches(data, config.pairs, config.objective, batch_size, seed, tokenizer=tokenizer)
-        if start is not None:
-            check_tokenizer(batches.tokenizer, start)
-        if (config.objective if config.objective in TOKENS else config.token) == "crts":
-            c = config.clusters
-            table = None
-            if c.cluster_from:
-                table = start_from(c.cluster_from).state["network.words.weight"].float().numpy()
-                if len(table) < batches.tokenizer.size:
-                    raise UserError(
-                        f"{c.cluster_from} has {len(table)} words, the tokenizer {batches.tokenizer.size}: it does not fit"
-                    )
-                table = table[: batches.tokenizer.size]
-            add_clusters(batches, c.count, seed, table, read_map(c.map) if c.map else None)
-        return batches
+    def open_batches(
+        cls, config: StructuralConfig, data: StructuralSettings, batch_size: int, seed: int
+    ) -> TrainingBatches:
+        return open_structural(config, data, batch_size, seed)
 
     @classmethod
-    def adapted(cls, config: Config, facts: DataFacts) -> Config:
+    def adapted(cls, config: StructuralConfig, facts: DataFacts) -> StructuralConfig:
         extra = facts.extra
         objective = config.objective
         types = config.joint.k + 1 if objective == "mspp" else 3 if objective in CONTEXTUAL else 0
@@ -264,7 +167,7 @@ class StructuralSSL(Trainable):
         return config.model_copy(update={"encoder": encoder, "special": dict(extra["special"]), "clusters": clusters})
 
     @classmethod
-    def build(cls, config: Config, sources: Mapping[str, Path] | None = None) -> StructuralSSL:
+    def build(cls, config: StructuralConfig, sources: Mapping[str, Path] | None = None) -> StructuralSSL:
         folder = (sources or {}).get("init") or config.init
         model = cls(config)
         if folder:
