@@ -202,8 +202,8 @@ def add_clusters(batches: Any, clusters: int, seed: int, table: np.ndarray | Non
 
 
 def open_structural(config: StructuralConfig, data: StructuralSettings, batch_size: int, seed: int) -> Any:
-    """The batches of an objective: ``TokenRows``, ``PairBatches`` or ``JointBatches``, with the tokenizer of ``init`` where there is one
-    and a cluster map for crts. Raises ``UserError``."""
+    """The batches of an objective: rows, pairs or groups; with the tokenizer of ``init`` where there is one, and a cluster map for
+    crts. Raises ``UserError``."""
     start = start_from(config.init) if config.init else None
     tokenizer = tokenizer_of(data, start)
     batches: Any
