@@ -16,17 +16,21 @@ Choice = Literal["diverse", "similar", "random", "first", "nearest", "filter"]
 def greedy_rows(letters: np.ndarray, count: int, *, largest: bool = True) -> np.ndarray:
     """Row 0, then again and again the row with the largest (smallest) mean Hamming distance to those chosen; ties go to the
     lowest row. int64, ascending; all rows where there are no more than ``count``. letters: ``[R, L]`` of any integer type.
-    ESM's ``greedy_select``."""
+    ESM's ``greedy_select``, to the last bit of its means."""
     if len(letters) <= count:
         return np.arange(len(letters))
     chosen = [0]
+    far = np.zeros((len(letters), count - 1), dtype=np.float64)
     total = np.zeros(len(letters), dtype=np.float64)
-    best = np.argmax if largest else np.argmin
-    for _ in range(count - 1):
-        total += (letters != letters[chosen[-1]]).mean(axis=1)
-        mean = total / len(chosen)
-        mean[chosen] = -1.0 if largest else 2.0
-        chosen.append(int(best(mean)))
+    for step in range(count - 1):
+        far[:, step] = (letters != letters[chosen[-1]]).mean(axis=1)
+        total += far[:, step]
+        mean = (total if largest else -total) / len(chosen)
+        mean[chosen] = -np.inf
+        # distances are shares of L columns, so many rows are equally far but for the order of their sums: as ESM adds them
+        near = np.flatnonzero(mean >= mean.max() - 1e-9)
+        exact = np.ascontiguousarray(far[near, : step + 1]).mean(axis=1)
+        chosen.append(int(near[exact.argmax() if largest else exact.argmin()]))
     return np.sort(np.array(chosen, dtype=np.int64))
 
 

@@ -14,7 +14,7 @@ from unmask.official.load import read_checkpoint
 from unmask.systems.proteins import couplings as dca
 from unmask.systems.proteins.diffpalm.aggregation import aggregated, pair_counts, robust_pairs
 from unmask.systems.proteins.diffpalm.model import DiffPALM
-from unmask.systems.proteins.diffpalm.optimising import DescentSettings, optimise
+from unmask.systems.proteins.diffpalm.optimising import OPTIMISERS, DescentSettings, optimise
 from unmask.systems.proteins.diffpalm.problem import Problem
 from unmask.systems.proteins.diffpalm.scores import one_body_entropy, two_body_entropy
 from unmask.systems.proteins.diffpalm.sinkhorn import inside, matching, sinkhorn, with_noise
@@ -50,6 +50,8 @@ def descent_settings(config: Mapping[str, Any]) -> DescentSettings:
     """Our settings from the authors' arguments."""
     train = config["train"]
     optimiser = dict(train.get("optimizer_kwargs") or {})
+    name = str(train.get("optimizer_name", "SGD")).lower()
+    usual = OPTIMISERS[name]([torch.zeros(1)]).defaults  # what torch takes where a run says nothing
     plateau = {
         **(train.get("scheduler_kwargs") or {}),
         **(config.get("scheduler_effective") or {"factor": 0.1, "patience": 10}),
@@ -67,9 +69,9 @@ def descent_settings(config: Mapping[str, Any]) -> DescentSettings:
         noise_schedule=train.get("noise_scheduler", False),
         relabel=train.get("use_rand_perm", False),
         mean_centre=train.get("mean_centering", True),
-        optimizer=str(train.get("optimizer_name", "SGD")).lower(),
-        lr=optimiser.pop("lr"),
-        weight_decay=optimiser.pop("weight_decay", 0.0),
+        optimizer=name,
+        lr=optimiser.pop("lr", usual["lr"]),
+        weight_decay=optimiser.pop("weight_decay", usual["weight_decay"]),
         optimizer_options=optimiser,
         plateau=train.get("scheduler_name") is not None,
         plateau_factor=plateau["factor"],
@@ -118,10 +120,10 @@ def _operators(
             log_alpha[None],
             there,
             None if noise is None else noise[None],
-            config["noise_factor"],
-            by_spread=config["noise_std"],
+            config.get("noise_factor", 0.1),
+            by_spread=config.get("noise_std", False),
         )
-        soft = sinkhorn(noisy, there, tau=config["tau"], iterations=config["sinkhorn_iterations"])[0]
+        soft = sinkhorn(noisy, there, tau=config.get("tau", 1.0), iterations=config.get("sinkhorn_iterations", 10))[0]
         (soft * tensors["in.cotangent"]).sum().backward()
         orders = [(tensors["draw.perm_row"], tensors["draw.perm_col"])] if "draw.perm_row" in tensors else None
         outputs |= {"soft": soft.detach(), "hard": matching(noisy, [len(log_alpha)], orders)[0]}
@@ -149,12 +151,12 @@ def _operators(
 
 def _coevolution(config: Mapping[str, Any], train: Tensor, test: Tensor) -> dict[str, Tensor]:
     number, first = int(config["states"]), int(config["length_left"])
-    weights = dca.sequence_weights(train, config["identity_distance_threshold"])
-    single, double = dca.frequencies(train, number, pseudocount=config["pseudocount_dca"], weights=weights)
+    weights = dca.sequence_weights(train, config.get("identity_distance_threshold", 0.3))
+    single, double = dca.frequencies(train, number, pseudocount=config.get("pseudocount_dca", 0.5), weights=weights)
     table = dca.couplings(single, double, official_gauge=True)
     left, right = test[:, :first], test[:, first:]
     energy = -dca.pair_scores(table, left, right)
-    pmi = dca.pointwise_information(train, number, pseudocount=config["pseudocount_mi"], weights=weights)[
+    pmi = dca.pointwise_information(train, number, pseudocount=config.get("pseudocount_mi", 0.15), weights=weights)[
         :first, :, first:
     ]
     score = dca.pair_scores(pmi, left, right)

@@ -38,7 +38,9 @@ class DescentSettings(configs.Config):
     noise_schedule: bool = Field(True, description="noise falls with the learning rate")
     relabel: bool = Field(True, description="random orders for the matching, which removes its bias to the diagonal")
     mean_centre: bool = Field(True, description="log_alpha has mean 0 in each species")
-    optimizer: Literal["adadelta", "adam", "sgd"] = Field("adadelta", description="the optimiser")
+    optimizer: Literal["adadelta", "adam", "adamw", "adagrad", "rmsprop", "sgd"] = Field(
+        "adadelta", description="the optimiser"
+    )
     lr: float = Field(9.0, gt=0, description="first learning rate")
     weight_decay: float = Field(0.1, ge=0, description="decay of log_alpha")
     optimizer_options: dict[str, Any] = Field({}, description="further options of the optimiser, as torch names them")
@@ -75,7 +77,14 @@ class Record:
         return self.partner[self.lowest]
 
 
-OPTIMISERS = {"adadelta": torch.optim.Adadelta, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adadelta": torch.optim.Adadelta,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "adagrad": torch.optim.Adagrad,
+    "rmsprop": torch.optim.RMSprop,
+    "sgd": torch.optim.SGD,
+}
 
 
 @dataclass
