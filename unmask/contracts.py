@@ -374,7 +374,8 @@ class Result(Protocol):
 class Predictor(Protocol):
     """Besides ``predict``: ``Ask``, a ``Config`` of the options that ``predict`` takes as keywords, and ``joint = True`` where all
     inputs belong to one question (two alignments) and the number of results is not theirs. ``suffixes``: endings of the files that
-    folders are searched for, where they are not images; ``predict_batch``: how many inputs it wants at once (16)."""
+    folders are searched for, where they are not images; ``predict_batch``: how many inputs it wants at once (16). A ``predict``
+    with a keyword ``tell`` is given one to call with words on its progress."""
 
     def predict(self, inputs: list[Input], **options: Any) -> list[Any]:
         """One result an input, in order."""

@@ -252,7 +252,10 @@ def _with_start(given: Layer) -> Layer:
     from unmask.api.loading import load
 
     encoder = load(str(given["model"]["init"]))
-    assert isinstance(encoder, Encoder)
+    if not isinstance(encoder, Encoder):
+        raise UserError(
+            f"init={given['model']['init']}: {encoder.slug} has no encoder to start from: give a run that has"
+        )
     backbone = {"name": encoder.name, "patch_size": max(encoder.patch_size)}
     return lay({"data": {"image_size": list(encoder.image_size)}, "model": {"backbone": backbone}, "train": {}}, given)
 

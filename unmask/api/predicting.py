@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,7 @@ def predict_each(
     loaded, left = opened(model, dict(options or {}), talk)
     slug = str(getattr(loaded, "slug", "") or type(loaded).__name__)
     if not isinstance(loaded, Predictor):
-        raise UserError(
-            f"{slug} predicts nothing by itself: train one that does on top: "
-            f"unmask train {supervised().slug} --data LABELLED init={model}"
-        )
+        raise UserError(f"{slug} predicts nothing by itself{_instead(loaded, model)}")
     ask = asked(loaded, left, slug)
     inputs = expand(files, getattr(loaded, "suffixes", None))
     if not inputs:
@@ -75,7 +73,7 @@ def predict_each(
     joint = bool(getattr(loaded, "joint", False))
     answers = None
     if joint and out is not None and Path(out).suffix:  # one file was asked for, not a folder
-        for result in (results := loaded.predict(list(inputs), **ask)):
+        for result in (results := loaded.predict(list(inputs), **ask, **_telling(loaded, tell))):
             result.save(Path(out))
         yield from ((str(getattr(r, "source", "") or out), r) for r in results)
         return
@@ -87,7 +85,7 @@ def predict_each(
             {"system": slug, "weights": digest(loaded), "options": shown, **({"files": together} if joint else {})},
         )
     if joint:
-        yield from _jointly(loaded, inputs, ask, answers, overlay)
+        yield from _jointly(loaded, inputs, ask, answers, overlay, tell)
     else:
         yield from _one_by_one(loaded, inputs, ask, answers, overlay, tell, talk)
 
@@ -115,7 +113,8 @@ def _one_by_one(
             continue
         if place not in ready:
             some = todo[begun : begun + chunk]
-            results = model.predict([inputs[i] for i in some], **ask)
+            said = _within(tell, begun, len(todo))
+            results = model.predict([inputs[i] for i in some], **ask, **_telling(model, said))
             if answers is not None and not begun:
                 answers.begin()
             begun += len(some)
@@ -130,10 +129,15 @@ def _one_by_one(
 
 
 def _jointly(
-    model: Any, inputs: list[Any], ask: Mapping[str, Any], answers: Answers | None, overlay: bool
+    model: Any,
+    inputs: list[Any],
+    ask: Mapping[str, Any],
+    answers: Answers | None,
+    overlay: bool,
+    tell: Talk | None,
 ) -> Iterator[tuple[Any, Any]]:
     """All inputs are one question: results are named by themselves, or numbered."""
-    results = model.predict(list(inputs), **ask)
+    results = model.predict(list(inputs), **ask, **_telling(model, tell))
     named = [str(getattr(r, "source", "") or f"result-{i + 1}") for i, r in enumerate(results)]
     if answers is not None:
         todo = answers.plan(named)
@@ -301,6 +305,29 @@ def words(result: Any) -> str:
     return ", ".join(
         f"{k} {v}" for k, v in values.items() if k not in ("kind", "source") and not isinstance(v, (list, dict))
     )
+
+
+def _instead(model: Any, named: Any) -> str:
+    """What to do with a model that predicts nothing."""
+    from unmask.contracts import Encoder, Generator
+
+    if isinstance(model, Generator):
+        return f", it makes: unmask generate {named} -o samples/"
+    if isinstance(model, Encoder) or getattr(model, "encoder", None) is not None:
+        return f": train one that does on top: unmask train {supervised().slug} --data LABELLED init={named}"
+    return ""
+
+
+def _telling(model: Any, tell: Talk | None) -> dict[str, Talk]:
+    """``tell`` as a keyword, for a system whose ``predict`` takes one."""
+    return {"tell": tell} if tell is not None and "tell" in signature(model.predict).parameters else {}
+
+
+def _within(tell: Talk | None, done: int, total: int) -> Talk | None:
+    """What a system tells of its input, behind which of how many that is."""
+    if tell is None or total == 1:
+        return tell
+    return lambda line: tell(f"{done + 1} of {total}: {line}")
 
 
 def progress(done: int, total: int, seconds: float) -> str:

@@ -68,7 +68,7 @@ class PictureResult(Result):
         letters = max(size // 22, 11)
         upper = beside(whole, captions, letters=letters)
         zoomed = [c.resize((whole[0].width, whole[0].width), Image.Resampling.NEAREST) for c in crops]
-        factor = max(whole[0].width // side, 1)
+        factor = max(round(after.width / side), 1)  # against the pictures above
         lower = beside(zoomed, [f"{factor} x closer"] * 2, letters=letters)
         sheet = Image.new("RGB", (max(upper.width, lower.width), upper.height + lower.height + 4), PAPER)
         sheet.paste(upper, (0, 0))

@@ -41,7 +41,7 @@ def mask_file(masks: Mapping[str, Tensor]) -> bytes:
 
 
 def load_masks(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Masks by layer from an npz of packed bits, or a ``.safetensors`` of whole masks. shapes: of the layers' weights.
+    """Masks by layer from an npz of packed bits, or a ``.safetensors`` or ``.pt`` of whole masks. shapes: of the layers' weights.
 
     Raises ``UserError`` for a file that is none, a layer that is missing or unknown, a size that does not fit. Nothing in the file
     is executed.
@@ -49,7 +49,7 @@ def load_masks(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, T
     if not path.is_file():
         raise UserError(f"no mask file {path}: it takes an .npz of packed masks")
     found: dict[str, Tensor] = {}
-    if path.suffix == ".safetensors":
+    if path.suffix in (".safetensors", ".pt", ".pth"):
         from unmask.official.load import read_checkpoint
 
         whole = {k.removesuffix(SUFFIX).removesuffix(".weight"): v for k, v in read_checkpoint(path).items()}

@@ -50,7 +50,7 @@ class MaskLLM(Trainable):
         pattern: str = Field("2:4", description="KEPT:GROUP; 2:4 is what GPUs accelerate")
         prior: Prior = Field("sparsegpt", description="the one-shot mask that learning starts from")
         masks: str = Field(
-            "", description="start from masks of a file instead (.npz, .safetensors): transfer to new data"
+            "", description="start from masks of a file instead (.npz, .safetensors, .pt): transfer to new data"
         )
         prior_strength: float = Field(3.0, ge=0, description="weight of the prior, in spreads of the logits")
         scale: tuple[float, float] = Field((1e2, 5e2), description="factor of the logits, from start to end")

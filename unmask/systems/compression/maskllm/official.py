@@ -38,7 +38,7 @@ class TwoLayers(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]):
         super().__init__()
-        keep, group = config["keep"], config["group"]
+        keep, group = config.get("keep", 2), config.get("group", 4)
         first = nn.Linear(config["in_features"], config["hidden_features"], bias=False)
         second = nn.Linear(config["hidden_features"], config["out_features"], bias=False)
         self.up = MaskedLinear(first.requires_grad_(False), keep, group, layer="up")
@@ -52,7 +52,7 @@ def run_case(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], nn.Module | None, dict[str, Tensor]]:
     """Outputs and gradients of one fixture, under the authors' names."""
-    if "prune_per_group" in config:
+    if "param.weight" in tensors:  # one layer
         return _priors(config, tensors), None, {}
     model = TwoLayers(config).train()
     state = rename(without_prefix(tensors, "param."), RULES)
@@ -61,20 +61,20 @@ def run_case(
     outputs: dict[str, Tensor] = {}
     for name, layer in layers.items():
         if f"in.{name}.prior_mask" in tensors:
-            layer.diff_mask.add_prior(tensors[f"in.{name}.prior_mask"], config["prior_strength"])
+            layer.diff_mask.add_prior(tensors[f"in.{name}.prior_mask"], config.get("prior_strength", 3.0))
         outputs[f"{name}.gate_after_prior"] = layer.diff_mask.gate.detach().clone()
     draw = Replay(without_prefix(tensors, "draw."))
     fraction = config["iteration"] / config["iterations"]
-    scale = schedule(config["scale_range"], fraction)
-    temperature = schedule(config["temperature_range"], fraction)
+    scale = schedule(config.get("scale_range", (1e2, 5e2)), fraction)
+    temperature = schedule(config.get("temperature_range", (4.0, 0.05)), fraction)
     regulariser = torch.zeros(())
     for name, layer in layers.items():
-        mask = layer.draw_mask(draw, scale, temperature, hard=config["hard"], recompute=False)
+        mask = layer.draw_mask(draw, scale, temperature, hard=config.get("hard", False), recompute=False)
         regulariser = regulariser + (layer.matrix * mask).square().sum()
         outputs[f"{name}.soft_mask"] = mask.detach()
     logits = model(tensors["in.x"])
     task = F.cross_entropy(logits.flatten(0, -2), tensors["in.target"].flatten())
-    loss = task - config["weight_reg"] * (1 - fraction) * regulariser
+    loss = task - config.get("weight_reg", 1e-5) * (1 - fraction) * regulariser
     loss.backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     model.eval()
@@ -99,14 +99,14 @@ def _priors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[st
     layer = nn.Linear(config["in_features"], config["out_features"], bias=False)
     load_strict(layer, without_prefix(tensors, "param."), where="maskllm fixture")
     weight, inputs = layer.weight.detach(), tensors["in.x"]
-    group = config["group"]
-    keep = group - config["prune_per_group"]
+    group = config.get("group", 4)
+    keep = group - config.get("prune_per_group", 2)  # the authors count what is removed
     known = priors.Statistics(weight.shape[1])
     for x in inputs:
-        known.add(x)
+        known.add(x if x.ndim > 2 else x[None])  # tokens alone are one sample
     assert known.hessian is not None
-    options = {"block": config["block_size"], "damping": config["damping"]}
-    sparsity = config["unstructured_sparsity"]
+    options = {"block": config.get("block_size", priors.BLOCK), "damping": config.get("damping", 0.01)}
+    sparsity = config.get("unstructured_sparsity", 0.5)
     frozen = priors.sparsegpt(weight, known.hessian, pattern=(keep, group), update=False, **options)
     moved = priors.sparsegpt(weight, known.hessian, pattern=(keep, group), **options)
     return {

@@ -208,9 +208,11 @@ class HAT(Trainable):
         clamped. See ``predicting.restored``."""
         return restored(self, low, tile=tile, overlap=overlap, **options)
 
-    def predict(self, inputs: list[Any], **options: Any) -> list[PictureResult]:
-        """Files, Pillow images, arrays or tensors, restored; options: :class:`Ask`."""
-        return predict(self, inputs, **options)
+    def predict(
+        self, inputs: list[Any], *, tell: Callable[[str], None] | None = None, **options: Any
+    ) -> list[PictureResult]:
+        """Files, Pillow images, arrays or tensors, restored; options: :class:`Ask`. tell: called with words, tile by tile."""
+        return predict(self, inputs, tell=tell, **options)
 
     def measure(
         self,

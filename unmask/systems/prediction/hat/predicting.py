@@ -177,9 +177,10 @@ def _fade(first: int, last: int, size: int, overlap: int, scale: int, like: Tens
 # --- files --------------------------------------------------------------------------------------------------------------
 
 
-def predict(model: HAT, inputs: Sequence[Any], **options: Any) -> list[PictureResult]:
+def predict(
+    model: HAT, inputs: Sequence[Any], *, tell: Callable[[str], None] | None = None, **options: Any
+) -> list[PictureResult]:
     """One picture an input: files, Pillow images, arrays ``[H, W(, C)]`` or tensors ``[C, H, W]``. options: :class:`Ask`."""
-    tell = options.pop("tell", None)
     ask = Ask(**options)
     if ask.scale not in (None, model.config.scale):
         raise UserError(
@@ -188,7 +189,7 @@ def predict(model: HAT, inputs: Sequence[Any], **options: Any) -> list[PictureRe
     return [one(model, item, position, ask, tell) for position, item in enumerate(inputs)]
 
 
-def one(model: HAT, item: Any, position: int, ask: Ask, tell: Callable[[int, int], None] | None) -> PictureResult:
+def one(model: HAT, item: Any, position: int, ask: Ask, tell: Callable[[str], None] | None) -> PictureResult:
     """One input, restored."""
     array, alpha, name = read(item, position)
     low = as_unit(array, name)
@@ -205,8 +206,12 @@ def one(model: HAT, item: Any, position: int, ask: Ask, tell: Callable[[int, int
     if ask.ensemble:
         notes["ensemble"] = True
 
+    def count(done: int, total: int) -> None:
+        if tell is not None:
+            tell(f"{name}: {done} of {total} tiles")
+
     def run(x: Tensor) -> Tensor:
-        made = restored(model, x, ensemble=ask.ensemble, precision=ask.precision, tell=tell, **how)
+        made = restored(model, x, ensemble=ask.ensemble, precision=ask.precision, tell=count, **how)
         return made.clamp(0, 1)
 
     have = low.shape[1]
