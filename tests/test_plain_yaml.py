@@ -22,6 +22,12 @@ from unmask.plain_yaml import read_yaml
         ("[0.2, 1]", [0.2, 1]),
         ("vit_small_patch16", "vit_small_patch16"),
         ("1e", "1e"),
+        ("2:4", "2:4"),  # a pattern of weights, not 124 to the base 60
+        ("010", "010"),
+        ("2024-11-25", "2024-11-25"),  # a folder, not a date
+        ("-7", -7),
+        ("1_000", 1000),
+        ("0x10", 16),
     ],
 )
 def test_a_value_is_read_as_a_person_means_it(text, value):

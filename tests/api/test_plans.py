@@ -156,3 +156,20 @@ def test_all_images_are_learned_from_where_the_user_says_so_and_the_plan_tells(t
     made = plan("classifier", data=labelled(tmp_path), overrides=words)
     assert made.last.batches.facts.count == 40
     assert any("those of the probe among them" in note for note in made.notes)
+
+
+def test_a_start_without_an_encoder_is_refused_in_a_line(tmp_path, monkeypatch):
+    class Maker:
+        slug = "maker"
+
+    labelled(tmp_path)
+    monkeypatch.setattr("unmask.api.loading.load", lambda *_, **__: Maker())
+    with pytest.raises(unmask.UserError, match="init=runs/maker: maker has no encoder to start from"):
+        plan("classifier", data=str(tmp_path / "data.parquet"), overrides={"init": "runs/maker"})
+
+
+def test_a_run_is_no_system(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    with pytest.raises(unmask.UserError, match=r"is a run: go on with unmask train .* --resume"):
+        unmask.train(tmp_path / "run", **QUIET)

@@ -197,3 +197,40 @@ def test_words_with_an_equals_sign_are_options_unless_there_is_such_a_file(tmp_p
 def test_progress_tells_the_rate_and_the_time_left():
     assert progress(10, 40, 5.0) == "10 of 40, 2.0 a second, 15 s left"
     assert progress(1, 101, 4.0) == "1 of 101, 4.0 s each, 7 min left"
+
+
+class Slow(Lightness):
+    def predict(self, inputs: list[Any], *, level: int, tell: Any = None) -> list[Result]:
+        if tell is not None:
+            tell(f"{inputs[0].name}: 1 of 2 tiles")
+        return super().predict(inputs, level=level)
+
+
+def test_a_system_that_tells_of_its_progress_is_heard(photos):
+    told: list[str] = []
+    unmask.predict(Slow(), photos, tell=told.append)
+    assert told[0] == "1 of 5: 0.png: 1 of 2 tiles"
+    assert told[1].startswith("1 of 5, ")
+    assert [t for t in told if "tiles" in t] == [f"{i + 1} of 5: {i}.png: 1 of 2 tiles" for i in (0, 2, 4)]
+    told.clear()
+    unmask.predict(Slow(), photos / "3.png", tell=told.append)
+    assert told[0] == "3.png: 1 of 2 tiles"
+
+
+def test_what_a_model_that_predicts_nothing_is_for(photos):
+    class Maker(Trainable):
+        slug = "maker"
+
+        def generate(self, n: int, draw: Any) -> list[Any]:
+            return []
+
+    with pytest.raises(UserError, match="maker predicts nothing by itself, it makes: unmask generate"):
+        unmask.predict(Maker(configs.Config()), photos)
+
+
+def test_a_joint_answer_in_one_file_is_not_written_over_another(tmp_path):
+    (tmp_path / "a.fasta").write_text(">x\nAC\n")
+    (tmp_path / "mine.csv").write_text("mine")
+    with pytest.raises(UserError, match=r"mine\.csv exists and would be written over"):
+        unmask.predict(Together(), tmp_path / "a.fasta", out=tmp_path / "mine.csv")
+    assert (tmp_path / "mine.csv").read_text() == "mine"

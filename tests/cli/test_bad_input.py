@@ -217,6 +217,7 @@ OTHERS = {
     "info of an unknown system": (["info", "colormea"], ["colormea", "colormae"]),
     "list of an unknown verb": (["list", "--verb", "trian"], ["trian", "train"]),
     "eval of nothing": (["eval", "runs/absent", "--data", "sample:fashion"], ["runs/absent"]),
+    "eval of nothing on its own data": (["eval", "runs/absent"], ["no folder runs/absent"]),
     "eval without data": (["eval", "vit_nano_patch4"], ["--data"]),
     "eval with an unknown probe": (
         ["eval", "vit_nano_patch4", "--data", "sample:fashion", "--probe", "ridg"],

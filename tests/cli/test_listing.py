@@ -108,3 +108,12 @@ def test_list_is_quick_in_this_process(unmask):
     start = time.process_time()
     unmask("list")
     assert time.process_time() - start < 0.5
+
+
+def test_info_tells_what_a_prediction_and_its_data_take(unmask):
+    said = unmask("info", "hat").out
+    for words in ("option of predict", "ensemble", "option of its data", "data.degradation"):
+        assert words in said
+    said = unmask("info", "dit").out
+    assert "option of generate" in said
+    assert "option of its data" not in said

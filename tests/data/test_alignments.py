@@ -63,6 +63,7 @@ def test_stockholm_blocks_are_put_together(tmp_path: Path) -> None:
         (">a\nMKE\n>b\nMK\n", "row 2 .*b.* has 2 letters where row 1 has 3"),
         (">a\nMJE1\n", "letters outside the alphabet: 1 J"),
         ("", "holds no sequences"),
+        (">a\nacde\n>b\nacdf\n", "lower case, '.' and '\\*' are insertions"),
         ("MKE\n", "line 1 comes before the first header"),
     ],
 )

@@ -59,8 +59,11 @@ def test_a_run_of_another_system_or_another_batch_is_not_resumed(tmp_path):
     out = run(tmp_path / "run", stage(steps=4))
     with pytest.raises(UserError, match="is a run of toy, not of mae"):
         train([stage(steps=8)], out, describe={"system": "mae"}, resume=True, display=SilentDisplay())
-    with pytest.raises(UserError, match="batch_size was 8"):
+    before = (out / "run.json").read_text()
+    with pytest.raises(UserError, match=r"batch_size was 8 .* resume with train\.batch_size=8"):
         run(out, stage(steps=8, batch_size=16), resume=True)
+    assert (out / "run.json").read_text() == before  # a refusal changes nothing: it goes on as if nobody had asked
+    run(out, stage(steps=8), resume=True)
 
 
 def test_a_system_that_cannot_be_built_leaves_nothing(tmp_path):

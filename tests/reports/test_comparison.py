@@ -137,3 +137,16 @@ def test_the_table_of_runs_holds_the_key_numbers_and_is_plain_json(make_run, tmp
 def test_the_table_of_a_folder_that_is_not_there_is_one_clear_line(tmp_path):
     with pytest.raises(UserError, match="no folder"):
         runs_table(tmp_path / "nowhere")
+
+
+def test_of_a_loss_the_lower_is_better(make_run):
+    runs = [make_run(name=name, system=name) for name in ("mae", "simmim")]
+    for run, value in zip(runs, (14.0, 12.5), strict=True):
+        for path in (run / "evaluation").iterdir():
+            path.unlink()
+        found = {"probe": "own", "measures": {"perplexity": "perplexity"}, "perplexity": value}
+        (run / "evaluation/own.json").write_text(json.dumps({**found, "lower_is_better": ["perplexity"]}))
+    arms = ranked(arms_of([read_run(r) for r in runs]))
+    assert [a.label for a in arms] == ["simmim", "mae"]
+    assert verdict(arms).startswith("simmim is best: perplexity 12.5, 1.50 ahead of mae.")
+    assert verdict(arms[:1]).startswith("simmim was measured alone: perplexity 12.5.")

@@ -189,3 +189,33 @@ def test_reports_import_no_torch():
         "sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def own_metrics(folder, **values):
+    for path in (folder / "evaluation").iterdir():
+        path.unlink()
+    found = {"probe": "own", "measures": {"loss": "nats a letter", "accuracy": "letters found, %"}, **values}
+    (folder / "evaluation/own.json").write_text(json.dumps({"lower_is_better": ["loss"], **found}))
+    return folder
+
+
+def test_a_systems_own_metrics_stand_in_their_own_units_beside_the_best_baseline(make_run, read_page):
+    baselines = {"one": {"loss": 2.0, "accuracy": 40.5, "inner": 3.0}, "two": {"loss": 1.3, "accuracy": 50.5}}
+    run = own_metrics(make_run(), loss=1.5, accuracy=56.7, inner=4.0, baseline=baselines)
+    text = read_page(report(run).read_text()).text
+    assert "0.200 above two (1.30)" in text
+    assert "letters found, % 56.7 40.5 50.5" in text
+    assert "How good it is" in text
+    assert "the features" not in text
+    assert "inner" not in text
+
+
+def test_data_without_pictures_are_samples(make_run, read_page):
+    run = make_run()
+    values = json.loads((run / "run.json").read_text())
+    values["facts"] = {"count": 12, "columns": ["tokens"]}
+    (run / "run.json").write_text(json.dumps(values))
+    text = read_page(report(run).read_text()).text
+    assert "learned from 12 samples" in text
+    assert "samples per second" in text
+    assert "images per second" not in text

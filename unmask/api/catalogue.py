@@ -10,14 +10,20 @@ from unmask.plain_yaml import read_yaml
 
 
 def info(system: str) -> dict[str, Any]:
-    """Everything known about one system as plain values: card, recipes, options with defaults, claim.
+    """Everything known about one system as plain values: card, recipes, options with defaults (of the system, of data that only
+    it reads, of its predictions or samples), claim.
 
     Raises ``UserError`` with the nearest known name. Only this reads the system's code (and imports torch), for its options.
     """
     card = catalog.card(system)
     out = card.plain()
     out["recipes"] = {name: _about(values) for name, values in catalog.recipes(system).items()}
-    out["options"] = options(card.load().Config) if card.entry else []
+    cls = card.load() if card.entry else None
+    data, ask = getattr(cls, "Data", None), getattr(cls, "Ask", None)
+    out["options"] = options(cls.Config) if cls is not None else []
+    out["data_options"] = options(data, "data.") if data is not None else []
+    out["asks"] = options(ask) if ask is not None else []
+    out["asked_by"] = "generate" if hasattr(cls, "generate") else "predict"
     claim = card.beside("claim.yaml")
     if claim is not None:
         out["claim"] = read_yaml(claim.read_text(encoding="utf-8"))

@@ -62,9 +62,10 @@ def screen(path: Path) -> str:
             "generate": f"unmask generate {folder} -n 16 -o samples/",
         }
         return "\n".join([*lines, f"  {use[verb]}", f"  unmask eval {folder}"])
+    if not encoder:  # it measures itself: no probe fits it
+        lines += [f"  unmask predict {folder} FILES -o results/"] if _predicts(run.system) else []
+        return "\n".join([*lines, f"  unmask eval {folder}"])
     lines += [f"  {probe}"]
-    if not encoder:
-        return "\n".join(lines)
     lines += [f"  unmask export {folder} --to {_format(path)} -o exported/"]
     if run.system != baseline:
         lines += [f"  unmask train {baseline} --data LABELLED init={folder}        fine-tune it"]
@@ -74,6 +75,11 @@ def screen(path: Path) -> str:
 def _card_verb(slug: str) -> str:
     known = catalog.cards().get(slug)
     return known.verb if known is not None else "train"
+
+
+def _predicts(slug: str) -> bool:
+    known = catalog.cards().get(slug)
+    return known is not None and bool(known.entry) and hasattr(known.load(), "predict")
 
 
 def _loss_lines(run: Run) -> list[str]:

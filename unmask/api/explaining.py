@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,7 +117,12 @@ def explain(
     if own and not isinstance(model, (str, Path)):
         raise UserError(f"{next(iter(own))}= goes with a model's name, this one is built already")
     ask = validated(Ask, asked, where="explain")
-    user = open_model(model, **own)
+    with warnings.catch_warnings(record=True) as noticed:
+        warnings.simplefilter("always", UserWarning)
+        user = open_model(model, **own)
+    for notice in noticed:
+        if talk is not None:
+            talk(str(notice.message))
     if user.kind != "image classifier":
         raise UserError(f"{user.name} is a {user.kind}: unmask explain takes image classifiers")
     user.module.to(where)

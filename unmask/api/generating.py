@@ -213,7 +213,9 @@ class _Folder:
         self.fresh = not path.exists()
         with mended_errors(f"making {path}"):
             path.mkdir(parents=True, exist_ok=True)
-        if not overwrite:
+        if overwrite:
+            self._take_away()
+        else:
             self._go_on_or_refuse()
         self.begin()
 
@@ -239,6 +241,16 @@ class _Folder:
         if any(a != b for a, b in both):
             raise UserError(f"{self.path} holds images of other classes: choose another --out, or --overwrite")
         self.images = {int(i["number"]): i for i in before.get("images") or [] if (self.path / i["file"]).is_file()}
+
+    def _take_away(self) -> None:
+        """The images of an earlier call that this one will not write over: they would lie among others, told of nowhere."""
+        try:
+            listed = [int(i["number"]) for i in (self._before() or {}).get("images") or []]
+        except (UserError, KeyError, TypeError, ValueError):
+            listed = []
+        for number in listed:
+            if number >= self.told["n"]:
+                self.file(number).unlink(missing_ok=True)
 
     def _before(self) -> dict[str, Any] | None:
         path = self.path / TOLD

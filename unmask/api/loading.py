@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
-import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 from unmask.contracts import Encoder, Trainable
 from unmask.errors import UserError
 from unmask.official import hub
+from unmask.official.reach import quick_hub
 
 
 def load(model: Any, *, whole: bool = False, **options: Any) -> Encoder | Trainable:
@@ -43,11 +39,16 @@ def load(model: Any, *, whole: bool = False, **options: Any) -> Encoder | Traina
             raise UserError(f"{name} is a backbone, and a whole system is needed: give a run")
         return _backbone(name, options)
     if name.count("/") == 1 and not name.startswith((".", "/")):
-        with _quick_hub():
+        with quick_hub():
             return hub.load_trainable(name) if whole else hub.load_encoder(name)
     raise UserError(
         f"no model {name}: give a run (unmask runs DIR lists them), an export, timm/NAME or a hub id (user/name)"
     )
+
+
+def named(model: str | Path) -> bool:
+    """Whether a word may be a model without looking further: something on the disk, or the name of a backbone."""
+    return Path(model).exists() or _is_backbone(str(model))
 
 
 def is_run(path: str | Path) -> bool:
@@ -162,42 +163,10 @@ def _backbone(name: str, options: dict[str, Any]) -> Encoder:
         options = {"pretrained": not options.get("weights"), **options}
         if options["pretrained"]:
             try:
-                with _quick_hub():
+                with quick_hub():
                     return build(name, **options).eval()
             except UserError as error:
                 if given or not str(error).startswith("no weights"):
                     raise
                 raise UserError(f"{error}, or pretrained=false for random initialisation") from None
     return build(name, **options).eval()
-
-
-@contextmanager
-def _quick_hub() -> Iterator[None]:
-    """While open, a Hub that cannot be reached is not asked again and again: one try of a few seconds, then only what was
-    downloaded before; without the client's own warnings."""
-    from huggingface_hub import constants
-
-    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "timm", "httpx")]
-    before = constants.HF_HUB_OFFLINE, [logger.level for logger in loggers]
-    constants.HF_HUB_OFFLINE = before[0] or not _reachable(str(constants.ENDPOINT))
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before[0]
-        for logger, level in zip(loggers, before[1], strict=True):
-            logger.setLevel(level)
-
-
-def _reachable(address: str, seconds: float = 5.0) -> bool:
-    """Whether an address (or the proxy in front of it) answers at all."""
-    scheme = urlsplit(address).scheme or "https"
-    proxy = None if proxy_bypass(urlsplit(address).hostname or "") else getproxies().get(scheme)
-    place = urlsplit(proxy if proxy and "//" in proxy else f"http://{proxy}") if proxy else urlsplit(address)
-    port = place.port or (80 if place.scheme == "http" else 443)
-    try:
-        with socket.create_connection((place.hostname or "", port), timeout=seconds):
-            return True
-    except OSError:
-        return False

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from unmask.api.loading import is_run, load
+from unmask.api.loading import is_run, load, named
 from unmask.errors import UserError
 
 TRAIN, TEST, RANKME = 50_000, 10_000, 25_600  # images that the probe at the end of a training looks at
@@ -56,6 +56,8 @@ def evaluate(
     probe = probe or "ridge"
     if data is None:
         if run is None:
+            if isinstance(model, (str, Path)) and not named(model):
+                load(model, **(model_options or {}))  # says what is wrong with the name: that comes first
             raise UserError(f"which data? unmask eval {model} --data URI")
         own = data_of(run)
         data, options = own["uri"], {"columns": own.get("columns") or None, **options}

@@ -73,6 +73,8 @@ def predict_each(
     joint = bool(getattr(loaded, "joint", False))
     answers = None
     if joint and out is not None and Path(out).suffix:  # one file was asked for, not a folder
+        if Path(out).exists():
+            raise UserError(f"{out} exists and would be written over: choose another --out, or remove it")
         for result in (results := loaded.predict(list(inputs), **ask, **_telling(loaded, tell))):
             result.save(Path(out))
         yield from ((str(getattr(r, "source", "") or out), r) for r in results)

@@ -61,6 +61,8 @@ def train(
     }
     if resume:
         return _go_on(str(system), None if out is None else Path(out), asked, talk, probe)
+    if (Path(str(system)) / "run.json").is_file():
+        raise UserError(f"{system} is a run: go on with unmask train {system} --resume, or name a system")
     folder = Path(out) if out is not None else _free_folder(_slug(str(system)))
     _refuse_occupied(folder)
     chosen = plan(system, **asked)

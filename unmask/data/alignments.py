@@ -87,6 +87,10 @@ def aligned(
         dropped += len(sequence) - len(whole)
         names.append(name)
         cleaned.append(whole)
+    if cleaned and not cleaned[0] and dropped:
+        raise UserError(
+            f"{source} holds no aligned letters: lower case, '.' and '*' are insertions, which are left out: write upper case"
+        )
     if not cleaned or not cleaned[0]:
         raise UserError(f"{source} holds no sequences: give an aligned FASTA, a3m or Stockholm file")
     length = len(cleaned[0])
@@ -123,12 +127,12 @@ def located(name: str | Path) -> Path:
     return path
 
 
-def read_text(path: Path) -> str:
-    """A text file, unzipped where it is gzipped. Raises ``UserError``."""
+def read_text(path: Path, wanted: str = "an aligned FASTA, a3m or Stockholm file") -> str:
+    """A text file, unzipped where it is gzipped. wanted: what it should have been. Raises ``UserError``."""
     if path.is_dir():
-        raise UserError(f"{path} is a folder: give one alignment file")
+        raise UserError(f"{path} is a folder: give {wanted}")
     if not path.is_file():
-        raise UserError(f"no file {path}: give an aligned FASTA, a3m or Stockholm file")
+        raise UserError(f"no file {path}: give {wanted}")
     try:
         content = path.read_bytes()
         if content[:2] == b"\x1f\x8b":
@@ -137,7 +141,7 @@ def read_text(path: Path) -> str:
     except (OSError, EOFError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is no text: give an aligned FASTA, a3m or Stockholm file") from None
+        raise UserError(f"{path} is no text: give {wanted}") from None
 
 
 def _fasta(text: str, path: Path) -> list[tuple[str, str]]:

@@ -88,11 +88,11 @@ def real_world(high: Tensor, draw: Draw, settings: RealWorld, scale: int) -> Ten
     _, _, height, width = high.shape
     count, small = len(high), (height // scale, width // scale)
     one, two = Scoped(draw, "first"), Scoped(draw, "second")
-    last = draw.uniform("final", (count, 4))
+    last = draw.uniform("final", (count, 5))
     rounds, sigma = (7 + 2 * (last[:, 0] * 8).long()), _between(last[:, 1], math.pi / 3, math.pi)
     sinc = sinc_kernels(rounds, sigma)
     final = torch.where((last[:, 2] < settings.final_sinc)[:, None, None], sinc, _delta(count)).to(high)
-    jpeg_last = (last[:, 3] < 0.5).tolist()
+    jpeg_last, modes = (last[:, 3] < 0.5).tolist(), [_mode(m) for m in last[:, 4].tolist()]
     blurred = filtered(high, blur_kernels(one, first, count).to(high))
     again = blur_kernels(two, second, count).to(high)
     sizes = _sizes(one, first, (height, width), count), _sizes(two, second, small, count)
@@ -105,9 +105,9 @@ def real_world(high: Tensor, draw: Draw, settings: RealWorld, scale: int) -> Ten
         x = filtered(x, again[i : i + 1])
         x = noise[1](_resized(x, *sizes[1][i]), i)
         if jpeg_last[i]:
-            x = jpeg(filtered(_resized(x, small, sizes[1][i][1]), final[i : i + 1]), quality[1][i : i + 1])
+            x = jpeg(filtered(_resized(x, small, modes[i]), final[i : i + 1]), quality[1][i : i + 1])
         else:
-            x = filtered(_resized(jpeg(x, quality[1][i : i + 1]), small, sizes[1][i][1]), final[i : i + 1])
+            x = filtered(_resized(jpeg(x, quality[1][i : i + 1]), small, modes[i]), final[i : i + 1])
         out.append(x)
     return (torch.cat(out).clamp(0, 1) * 255).round() / 255
 
@@ -125,11 +125,14 @@ def _sizes(draw: Draw, stage: Stage, size: tuple[int, int], count: int) -> list[
     factor = torch.where(
         kind < stage.resize[0], up, torch.where(kind < stage.resize[0] + stage.resize[1], down, torch.ones(()))
     )
-    modes = ("area", "bilinear", "bicubic")
     return [
-        ((max(int(size[0] * f), 1), max(int(size[1] * f), 1)), modes[min(int(m * 3), 2)])
+        ((max(int(size[0] * f), 1), max(int(size[1] * f), 1)), _mode(m))
         for f, m in zip(factor.tolist(), mode.tolist(), strict=True)
     ]
+
+
+def _mode(uniform: float) -> str:
+    return ("area", "bilinear", "bicubic")[min(int(uniform * 3), 2)]
 
 
 def _resized(x: Tensor, size: tuple[int, int], mode: str) -> Tensor:
@@ -162,11 +165,11 @@ def blur_kernels(draw: Draw, stage: Stage, count: int) -> Tensor:
 
 
 def _shape(side: Tensor, place: Tensor, low: float, high: float) -> Tensor:
-    """Below and above 1 alike often, where the range has both sides."""
+    """Below and above 1 alike often; a range that starts at 1 has it half of the time (so in Real-ESRGAN's code)."""
     middle = min(max(1.0, low), high)
     flat = _between(place, low, high)
     both = torch.where(side < 0.5, _between(place, low, middle), _between(place, middle, high))
-    return both if low < 1 < high else flat
+    return both if low <= 1 <= high else flat
 
 
 def _grid() -> tuple[Tensor, Tensor]:

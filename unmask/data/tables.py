@@ -133,7 +133,7 @@ def image_column(uri: str, features: Mapping[str, Any], wanted: str | None) -> s
             return name
     shown = ", ".join(features)
     close = nearest("image", features) if any("im" in f or "pic" in f for f in features) else ""
-    hint = close or "name it with columns.image=NAME"
+    hint = close or "name it with data.columns.image=NAME"
     raise UserError(f"{uri} has no image column among {shown}: {hint}")
 
 

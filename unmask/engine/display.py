@@ -47,8 +47,8 @@ class Words:
         values = self.values
         out = [f"epoch {values['epoch']:.1f}"] if values.get("epoch") is not None else []
         out.append(self.loss())
-        if values.get("images_per_second"):
-            out.append(f"{values['images_per_second']:,.0f} images/s")
+        rates = {noun: values.get(f"{noun}_per_second") for noun in ("images", "samples")}
+        out += [f"{rate:,.0f} {noun}/s" for noun, rate in rates.items() if rate]
         if values.get("memory_mb"):
             memory = values["memory_mb"]
             out.append(f"{memory / 1024:.1f} GB" if memory >= 1024 else f"{memory:.0f} MB")

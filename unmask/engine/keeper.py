@@ -42,6 +42,13 @@ class Monitor(Protocol):
     def __call__(self, model: Trainable, progress: Progress) -> dict[str, float]: ...
 
 
+def refuse_changes(settings: TrainSettings, same: Mapping[str, Any], path: Path) -> None:
+    """Raises ``UserError`` for a setting that would make the run in ``path`` another one. same: those it was saved with."""
+    for name, value in same.items():
+        if (now := getattr(settings, name)) != value:
+            raise UserError(f"train.{name} was {value} in {path} and is now {now}: resume with train.{name}={value}")
+
+
 class Keeper:
     """One stage with its folder. ``root``: the run that it belongs to, whose command resumes it."""
 
@@ -163,7 +170,10 @@ class Keeper:
         }
         self.latest = {n: v for n, v in values.items() if n not in ("step", "epoch", "seconds")}
         self.tell({"kind": "train", **values})
-        self.display.metrics(values)
+        facts = getattr(training.batches, "facts", None)
+        images = getattr(facts, "image_size", None) or getattr(facts, "channels", None)
+        shown = {**values, "samples_per_second": values["images_per_second"], "images_per_second": 0.0}
+        self.display.metrics(values if images else shown)
         self.track("train", self.latest)
 
     def refer(self) -> None:
@@ -285,7 +295,7 @@ class Keeper:
             raise UserError(f"nothing to resume from: every checkpoint in {root} is damaged")
         for name in names:
             about = checkpoint.about(root / name)
-            self.refuse_changes(about["same"])
+            refuse_changes(self.settings, about["same"], self.folder.path)
             problem: str | None = None
             try:
                 self.load(root / name, about)
@@ -301,14 +311,6 @@ class Keeper:
             return False
         self.folder.cut_metrics(self.training.done)
         return True
-
-    def refuse_changes(self, same: Mapping[str, Any]) -> None:
-        for name, value in same.items():
-            if getattr(self.settings, name) != value:
-                now = getattr(self.settings, name)
-                raise UserError(
-                    f"train.{name} was {value} in {self.folder.path} and is now {now}: resume with {name}={value}"
-                )
 
     def load(self, folder: Path, about: Mapping[str, Any]) -> None:
         training, place = self.training, self.place

@@ -15,7 +15,7 @@ from unmask.contracts import DataFacts, Trainable
 from unmask.engine import checkpoint
 from unmask.engine.display import Display, SilentDisplay, default_display
 from unmask.engine.distributed import Place, open_place
-from unmask.engine.keeper import Keeper, Monitor
+from unmask.engine.keeper import Keeper, Monitor, refuse_changes
 from unmask.engine.loop import Training, parameter_count
 from unmask.engine.run import (
     Interrupted,
@@ -82,7 +82,7 @@ def train(
             place = open_place(stage.settings, path / "trackers" if stage.settings.trackers else None)
             if root is None:
                 _refuse_other_folders(place, out)
-                _agreed(place, lambda: _check_folder(out, names, resume, describe))
+                _agreed(place, lambda: _check_folder(out, stages, resume, describe))
             if root is None and resume and _is_done(path, stage, opened):
                 root = _open_root(out, place, describe, names, resume=True)
                 continue
@@ -95,6 +95,8 @@ def train(
                 root = _open_root(out, place, describe, names, resume=resume)
             folder, resumed = _stage_run(root, path, stage, training, place, len(names))
             shown = (display or default_display()) if place.first else SilentDisplay()
+            if resume and len(names) == 1 and not checkpoint.whole_checkpoints(folder.checkpoints):
+                shown.say(f"{out} holds no checkpoint yet: it begins anew")
             title = stage.name if len(names) > 1 else str(describe.get("system") or stage.name)
             all_monitors = [*stage.monitors, *monitors]
             with StopRequest(launched=place.world > 1) as stop:
@@ -176,7 +178,9 @@ def _refuse_other_folders(place: Place, out: Path) -> None:
         )
 
 
-def _check_folder(out: Path, names: list[str], resume: bool, describe: Mapping[str, Any]) -> None:
+def _check_folder(out: Path, stages: Sequence[Stage], resume: bool, describe: Mapping[str, Any]) -> None:
+    """Whether a run can begin, or go on, here: asked before ``run.json`` is written, so that a refusal leaves it as it was."""
+    names = [stage.name for stage in stages]
     if not resume:
         refuse_occupied(out)
         return
@@ -186,6 +190,12 @@ def _check_folder(out: Path, names: list[str], resume: bool, describe: Mapping[s
         raise UserError(f"{out} is a run of {info['system']}, not of {system}: give another --out")
     if info.get("stages") and info["stages"] != (names if len(names) > 1 else None):
         raise UserError(f"{out} has the stages {info['stages']}, not {names}: give another --out")
+    for stage in stages:
+        path = stage_folder(out, stage.name, names)
+        if len(stages) > 1 and (not is_run(path) or read_run(path).get("state") == "done"):
+            continue
+        for saved in checkpoint.whole_checkpoints(path / "checkpoints"):
+            refuse_changes(stage.settings, checkpoint.about(saved)["same"], path)
 
 
 def _open_root(out: Path, place: Place, describe: Mapping[str, Any], names: list[str], *, resume: bool) -> RunFolder:

@@ -197,7 +197,8 @@ def _broken(path: Path, error: Exception) -> str:
     if zipped and not zipfile.is_zipfile(path):
         return f"{path} is truncated: {size} bytes of an unfinished archive; get the file again"
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{path} is no checkpoint, or corrupted ({size} bytes): {lines[0][:120]}"
+    why = lines[0][:120] if zipped else "torch cannot read it as weights"
+    return f"{path} is no checkpoint, or corrupted ({size} bytes): {why}"
 
 
 def _unwrapped(value: Any, wrappers: Sequence[str]) -> State:

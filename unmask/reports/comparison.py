@@ -111,12 +111,12 @@ def ranked(arms: list[Arm]) -> list[Arm]:
     shared = min(counts, key=lambda p: (-counts[p], order.index(p) if p in order else len(order)), default=None)
     for arm in arms:
         arm.probe = best_probe(arm.run, shared) if shared else best_probe(arm.run)
-    keys = Counter(a.probe.key for a in arms if a.probe)
+    keys = Counter((a.probe.key, a.probe.words) for a in arms if a.probe)
     if keys:
         key = keys.most_common(1)[0][0]
         for arm in arms:
-            arm.probe = arm.probe if arm.probe and arm.probe.key == key else None
-    return sorted(arms, key=lambda a: -a.probe.value if a.probe else float("inf"))
+            arm.probe = arm.probe if arm.probe and (arm.probe.key, arm.probe.words) == key else None
+    return sorted(arms, key=lambda a: -a.probe.merit if a.probe else float("inf"))
 
 
 def differing(arms: list[Arm]) -> tuple[list[tuple[str, list[str]]], list[tuple[str, list[str]]]]:
@@ -143,10 +143,10 @@ def _values(arms: list[Arm]) -> dict[str, Any]:
         rows = [(a.label, a.probe.random, a.probe.value, a.color) for a in measured if a.probe]
 
         def text(value: float) -> str:
-            return wording.metric_value(first.key, value)
+            return wording.metric_value(first.unit, value)
 
         title = f"{first.label} of each run, from random initialisation to after training"
-        share = wording.is_share(first.key)
+        share = wording.is_share(first.unit)
         wide, narrow = (charts.dumbbells(rows, title=title, text=text, share=share, width=w) for w in (880, 360))
     curves = _probe_curves(arms)
     return {
@@ -156,6 +156,8 @@ def _values(arms: list[Arm]) -> dict[str, Any]:
         "best": best_of(measured),
         "arms": arms,
         "first": first,
+        "noun": "samples" if all(a.stage.noun == "samples" for a in arms) else "images",
+        "margins": first is None or not first.words or any(a.probe.margin is not None for a in measured if a.probe),
         "dumbbells_wide": wide,
         "dumbbells_narrow": narrow,
         "curves": curves,
@@ -203,13 +205,13 @@ def _nearly_same(seconds: list[float | None]) -> bool:
 def _methods(measured: list[Arm]) -> list[tuple[Arm, Probe]]:
     """The arms that need no labels (all of them where none does) with their probes, best first."""
     chosen = [a for a in measured if not a.supervised] or measured
-    return sorted(((a, a.probe) for a in chosen if a.probe), key=lambda pair: -pair[1].value)
+    return sorted(((a, a.probe) for a in chosen if a.probe), key=lambda pair: -pair[1].merit)
 
 
 def _level(methods: list[tuple[Arm, Probe]]) -> list[tuple[Arm, Probe]]:
     """The best method and those that this test cannot tell from it: within two standard deviations of the difference."""
     best = methods[0][1]
-    return [(a, p) for a, p in methods if best.value - p.value <= 2 * math.hypot(best.error, p.error)]
+    return [(a, p) for a, p in methods if best.merit - p.merit <= 2 * math.hypot(best.error, p.error)]
 
 
 def best_of(measured: list[Arm]) -> Arm | None:
@@ -235,11 +237,12 @@ def verdict(measured: list[Arm]) -> str:
         chance = " by more than the noise" if any((p.margin or 0) > 0 for _, p in methods) else ""
         text = f"{_none_of(methods)} random initialisation{chance}: {probe.label} {_with_margins(methods)}"
     elif best is not None:
-        text = f"{best.label} has the best features: {probe.label} {wording.metric_value(probe.key, probe.value)}"
+        praise = "was measured alone" if len(measured) == 1 else "is best" if probe.words else "has the best features"
+        text = f"{best.label} {praise}: {probe.label} {wording.metric_value(probe.unit, probe.value)}"
         if probe.margin is not None:
-            text += f", {wording.metric_margin(probe.key, probe.margin)} over its random initialisation"
+            text += f", {wording.metric_margin(probe.unit, probe.margin)} over its random initialisation"
         if len(methods) > 1:
-            ahead = wording.metric_margin(probe.key, probe.value - methods[1][1].value).lstrip("+")
+            ahead = wording.metric_margin(probe.unit, probe.merit - methods[1][1].merit).lstrip("+")
             text += f", {ahead} ahead of {methods[1][0].label}"
     else:
         level = _level(methods)
@@ -250,7 +253,9 @@ def verdict(measured: list[Arm]) -> str:
         text += f"{probe.label} {_with_margins(level if len(level) > 1 else methods)}"
     taught = [a.probe for a in measured if a.supervised and a.probe and all(a is not m for m, _ in methods)]
     if taught:
-        text += f". Supervised training of the same backbone reaches {wording.metric_value(probe.key, taught[0].value)}"
+        text += (
+            f". Supervised training of the same backbone reaches {wording.metric_value(probe.unit, taught[0].value)}"
+        )
     if probe.sampling:
         text += (
             f". Measured on {wording.number(probe.tested)} test images: ± {100 * 2 * probe.sampling:.1f} points each"
@@ -269,10 +274,10 @@ def _with_margins(methods: list[tuple[Arm, Probe]]) -> str:
     """ "25.0 % (+1.7 points over random initialisation) and 23.1 % (+0.2 points)"."""
     texts, said = [], False
     for _, probe in methods:
-        text = wording.metric_value(probe.key, probe.value)
+        text = wording.metric_value(probe.unit, probe.value)
         if probe.margin is not None:
             over = "" if said else " over its random initialisation"
-            text, said = f"{text} ({wording.metric_margin(probe.key, probe.margin)}{over})", True
+            text, said = f"{text} ({wording.metric_margin(probe.unit, probe.margin)}{over})", True
         texts.append(text)
     return _listed(texts)
 

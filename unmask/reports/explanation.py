@@ -26,7 +26,7 @@ def write_explanations(folder: Path) -> Path:
     images = [_image(folder, one) for one in told["images"]]
     page = render(
         "explanation.html",
-        title=f"What {told['model']} looks at",
+        title=f"What {_short(told['model'])} looks at",
         model=told["model"],
         images=images,
     )
@@ -65,6 +65,11 @@ def _image(folder: Path, one: dict[str, Any]) -> dict[str, Any]:
         "chart": [_chart(methods, kind) for kind in ("deletion", "insertion")],
         "legend": [(words(m["method"]), f"var(--s{i % 8})", "", "") for i, m in enumerate(methods)],
     }
+
+
+def _short(model: str) -> str:
+    """A folder by its own name; ``timm/NAME`` as it is."""
+    return Path(model).name if Path(model).exists() else model
 
 
 def words(method: str) -> str:

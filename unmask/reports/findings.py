@@ -52,6 +52,16 @@ class Probe:
     lower: bool = False  # whether a lower value is better
 
     @property
+    def unit(self) -> str:
+        """The key that says how its values are written; a system's own words say it themselves ("found, %")."""
+        return "" if self.words else self.key
+
+    @property
+    def merit(self) -> float:
+        """The value with the sign that makes more of it better."""
+        return -self.value if self.lower else self.value
+
+    @property
     def random(self) -> float | None:
         return self.baselines.get(RANDOM)
 
@@ -67,7 +77,7 @@ class Probe:
     @property
     def sampling(self) -> float:
         """The standard deviation of a share that comes from testing on few samples; 0 where that is not known."""
-        if not self.tested or not is_share(self.key) or not 0 <= self.value <= 1:
+        if not self.tested or not is_share(self.unit) or not 0 <= self.value <= 1:
             return 0.0
         share = (self.value * self.tested + 1) / (self.tested + 2)  # all or none right is no certainty either
         return math.sqrt(share * (1 - share) / self.tested)
@@ -104,7 +114,9 @@ def probe_rows(evaluation: dict[str, Any]) -> list[Probe]:
     lower = set(evaluation.get("lower_is_better") or ())
     rows = []
     for key, value in evaluation.items():
-        if not finite(value) or not (key in _KNOWN or key in named or any(key in v for v in baselines.values())):
+        if not finite(value) or (named and key not in named):
+            continue
+        if not (key in _KNOWN or key in named or any(key in v for v in baselines.values())):
             continue
         same = {k: float(v[key]) for k, v in baselines.items() if finite(v.get(key))}
         spreads = {k: float(v[f"{key}_std"]) for k, v in baselines.items() if finite(v.get(f"{key}_std"))}
@@ -147,25 +159,28 @@ def probe_while_training(stage: Stage) -> Probe | None:
 
 
 def probe_finding(run: Run) -> Finding | None:
-    """The best probe beside random initialisation."""
+    """The best probe beside random initialisation, a system's own metric beside the best of its baselines."""
     found = best_probe(run)
     if found is None:
         return None
-    value = metric_value(found.key, found.value)
+    value = metric_value(found.unit, found.value)
     if found.random is None and found.baselines:
-        name, other = next(iter(found.baselines.items()))
+        name, other = (min if found.lower else max)(found.baselines.items(), key=lambda b: b[1])
         better = (found.value < other) == found.lower and found.value != other
-        size = metric_margin(found.key, abs(found.value - other)).lstrip("+")
+        size = metric_margin(found.unit, abs(found.value - other)).lstrip("+")
         side = "above" if found.value > other else "below"
         return Finding(
-            value, found.label, f"{size} {side} {name} ({metric_value(found.key, other)}).", "good" if better else "bad"
+            value,
+            found.label,
+            f"{size} {side} {name} ({metric_value(found.unit, other)}).",
+            "good" if better else "bad",
         )
     if found.random is None or found.margin is None:
         return Finding(value, found.label, "There is no baseline to read it against.")
-    start = metric_value(found.key, found.random)
+    start = metric_value(found.unit, found.random)
     if found.noise:
-        start += f" ± {metric_value(found.key, found.noise)} over {found.seeds} seeds"
-    size = metric_margin(found.key, abs(found.margin)).lstrip("+")
+        start += f" ± {metric_value(found.unit, found.noise)} over {found.seeds} seeds"
+    size = metric_margin(found.unit, abs(found.margin)).lstrip("+")
     if found.tone == "good":
         sentence = f"{size} above the same network at random initialisation ({start})."
     elif found.tone == "bad":

@@ -106,7 +106,9 @@ def _values(run: Run) -> dict[str, Any]:
         "findings": [*findings, *([speed] if speed else [])],
         "stages": pages,
         "evaluations": evaluations,
-        "classified": any(wording.is_share(row.key) for e in evaluations for row in e.rows),
+        "classified": any(wording.is_share(row.unit) for e in evaluations for row in e.rows),
+        "probed": any(e.rows and e.name != "own" for e in evaluations) or not any(e.rows for e in evaluations),
+        "margins": any(row.margin is not None for e in evaluations for row in e.rows),
         "baselines": list(dict.fromkeys(name for e in evaluations for name in e.baselines)),
         "auto": [str(line).removeprefix("auto:").strip() for line in run.info.get("auto") or []],
         "versions": [(str(k), str(v)) for k, v in (run.info.get("versions") or {}).items()],
@@ -138,7 +140,7 @@ def _lede(run: Run) -> str:
         who += f" ({wording.short_count(parameters)} parameters)"
     what = ""
     if wording.finite(facts.get("count")):
-        what = f" learned from {wording.number(facts['count'])} images"
+        what = f" learned from {wording.number(facts['count'])} {stage.noun}"
         size = facts.get("image_size")
         if size:
             what += (
@@ -149,7 +151,8 @@ def _lede(run: Run) -> str:
     done, asked = stage.steps_done, stage.steps
     epochs = stage.epochs
     steps = wording.number(done) + (f" of {wording.number(asked)}" if asked and done < asked else "")
-    how = f" for {steps} steps" + (f" of {stage.batch_size} images" if stage.batch_size else "")
+    each = stage.noun if stage.batch_size != 1 else stage.noun.removesuffix("s")
+    how = f" for {steps} steps" + (f" of {stage.batch_size} {each}" if stage.batch_size else "")
     if epochs:
         how += f" ({wording.passes(epochs)})"
     time = f", in {wording.duration(run.seconds)}" if run.seconds else ""
@@ -224,7 +227,7 @@ def _speed(stage: Stage) -> Finding | None:
     )
     return Finding(
         wording.number(round(rates[len(rates) // 2])),
-        "images per second",
+        f"{stage.noun} per second",
         f"Median while training{', on ' + str(place) if place else ''}.",
     )
 
@@ -290,10 +293,9 @@ def _small_charts(stage: Stage, key: str) -> list[Chart]:
                 charts.COLORS[2],
                 raw=points if name != "lr" else (),
             )
-            chart = charts.line_chart(
-                [line], name=f"{key}-{name}", title=wording.metric_name(name), zero=name != "grad_norm"
-            )
-            out.append(Chart(wording.metric_name(name), chart))
+            words = wording.metric_name(name).replace("images", stage.noun)
+            chart = charts.line_chart([line], name=f"{key}-{name}", title=words, zero=name != "grad_norm")
+            out.append(Chart(words, chart))
     for name in stage.other_losses()[:6]:
         points, words = stage.curve(name), wording.metric_name(name)
         if len(points) > 1:

@@ -61,6 +61,12 @@ class Stage:
         return self.info.get("facts") or {}
 
     @property
+    def noun(self) -> str:
+        """What its data are: images, unless the facts of other data say nothing of a picture's size."""
+        facts = self.facts
+        return "samples" if facts and not (facts.get("image_size") or facts.get("channels")) else "images"
+
+    @property
     def state(self) -> str:
         return present_state(self.info)
 

@@ -162,6 +162,14 @@ def test_no_tokenizer_is_said_in_a_line(tmp_path):
         Tokenizer.load(tmp_path.parent)
 
 
+def test_a_hub_out_of_reach_is_asked_once_and_said_in_a_line(monkeypatch, capfd):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("unmask.official.reach._reachable", lambda *_: False)
+    with pytest.raises(UserError, match="no tokenizer nobody/nothing: no folder is there, and from the Hub: "):
+        Tokenizer.load("nobody/nothing")
+    assert capfd.readouterr().err == ""
+
+
 def test_a_stream_holds_every_token_once(tmp_path):
     (tmp_path / "a.txt").write_text(POEM * 20)
     batches = TextBatches(settings(uri=str(tmp_path / "a.txt"), tokenizer="chars", style="gpt", length=32), 4)

@@ -111,6 +111,13 @@ def test_nothing_is_written_over(toy_folder, tmp_path, capfd):
     assert "00000.png exists and was made by something else" in lines[0]
 
 
+def test_overwrite_leaves_no_image_of_the_call_before(toy_folder, tmp_path):
+    unmask.generate(toy_folder, 4, out=tmp_path / "s")
+    (tmp_path / "s" / "mine.png").touch()
+    unmask.generate(toy_folder, 2, seed=1, out=tmp_path / "s", overwrite=True)
+    assert {p.name for p in (tmp_path / "s").glob("*.png")} == {"00000.png", "00001.png", "grid.png", "mine.png"}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

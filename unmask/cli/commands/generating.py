@@ -67,6 +67,12 @@ def generate_command(
             talk=ticker,
             warn=speech.say,
         )
+    except KeyboardInterrupt:
+        ticker.stop()
+        if (folder / "made_by.json").is_file():
+            again = "the same command goes on" if out is not None else f"the same command with -o {folder} goes on"
+            speech.say(f"what is done lies in {folder}; {again}")
+        raise
     finally:
         ticker.stop()
     if json:

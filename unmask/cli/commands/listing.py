@@ -73,10 +73,12 @@ def info_command(
     if facts["recipes"]:
         speech.result("")
         speech.table(("recipe", "what it is"), facts["recipes"].items())
-    if facts["options"]:
-        speech.result("")
-        rows = [(o["name"], _shown(o["default"]), o["description"]) for o in facts["options"]]
-        speech.table(("option", "default", "meaning"), rows)
+    asked = f"option of {facts['asked_by']}"
+    for head, some in (("option", "options"), ("option of its data", "data_options"), (asked, "asks")):
+        if facts[some]:
+            speech.result("")
+            rows = [(o["name"], _shown(o["default"]), o["description"]) for o in facts[some]]
+            speech.table((head, "default", "meaning"), rows)
     if facts.get("verb") == "compress":
         speech.say(f"\ntry: unmask compress MODEL --method {system} --data URI --budget macs=0.6 -o smaller/")
     elif facts["recipes"]:

@@ -188,11 +188,13 @@ def _of_transformers(name: str) -> Tokenizer:
     except ImportError:
         raise MissingExtra(f"tokenizer={name}", "transformers", "text") from None
     from unmask.official.hub import hub_reason
+    from unmask.official.reach import quick_hub
 
     try:
-        found = AutoTokenizer.from_pretrained(name, use_fast=True)
+        with quick_hub():
+            found = AutoTokenizer.from_pretrained(name, use_fast=True)
     except Exception as error:  # the client raises many kinds for what is one fact to a user
-        raise UserError(f"no tokenizer {name}: {hub_reason(error)}") from None
+        raise UserError(f"no tokenizer {name}: no folder is there, and from the Hub: {hub_reason(error)}") from None
     backend = getattr(found, "backend_tokenizer", None)
     if backend is None:
         raise UserError(f"{name} has no fast tokenizer: save one as {FILE}")

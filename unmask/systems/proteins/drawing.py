@@ -160,12 +160,16 @@ def pairing_png(
     def draw(figure: Any) -> None:
         for place, (name, table) in enumerate((("share of runs", soft), ("pairs", hard))):
             axes = figure.add_subplot(1, count, place + 1)
-            axes.imshow(table, cmap="Greens" if place == 0 else "Greys", vmin=0, vmax=1, interpolation="nearest")
+            where = (0.5, table.shape[1] + 0.5, table.shape[0] + 0.5, 0.5)  # rows count from 1, as in the table
+            colours = "Greens" if place == 0 else "Greys"
+            axes.imshow(table, cmap=colours, vmin=0, vmax=1, interpolation="nearest", extent=where)
             for start, size in zip(edges[:-1], sizes, strict=True):
-                axes.add_patch(_square(start - 0.5, size))
+                axes.add_patch(_square(start + 0.5, size))
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.get_major_locator().set_params(integer=True)
             axes.set_title(name, fontsize=9, color=_INK)
-            axes.set_xlabel("right row")
-            axes.set_ylabel("left row")
+            axes.set_xlabel("right rows, a box a species")
+            axes.set_ylabel("left rows")
         if losses:
             axes = figure.add_subplot(1, count, 3)
             axes.plot(losses, color="#0f766e", linewidth=1.2)

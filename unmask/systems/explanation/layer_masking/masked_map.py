@@ -60,6 +60,7 @@ class MaskedMap(Tensor):
                 if getattr(func.__self__, "__name__", "") not in ("data", "T", "mT", "H", "mH"):
                     return func(*args, **(kwargs or {}))
                 raise no_rule(f"Tensor.{func.__self__.__name__}")
+            in_place = name.startswith("__i") or (name.endswith("_") and not name.startswith("_"))
             name = name.strip("_")
             if name in rules.READ:
                 return func(*args, **(kwargs or {}))
@@ -68,7 +69,11 @@ class MaskedMap(Tensor):
                 raise no_rule(name)
             if name not in rules.TAKE_BORDERS:
                 args = tuple(_settled(a) for a in args)
-            return rule(func, *args, **(kwargs or {}))
+            out = rule(func, *args, **(kwargs or {}))
+            if in_place and isinstance(args[0], MaskedMap) and isinstance(out, MaskedMap):
+                # the values of the tensor itself were changed: its mask and what stands outside it follow
+                args[0].visible, args[0].state, args[0].axes = out.visible, out.state, out.axes
+            return out
 
 
 def wrap(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -12,6 +13,8 @@ from torchvision.models.densenet import _DenseBlock, _Transition
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.squeezenet import Fire
 from torchvision.ops.misc import SqueezeExcitation
+
+from unmask.errors import UserError
 
 
 def convolution(c: Mapping[str, Any]) -> nn.Conv2d:
@@ -49,10 +52,11 @@ def blocks(config: Mapping[str, Any]) -> dict[str, nn.Module]:
 
 
 def dense(c: Mapping[str, Any], eps: float) -> nn.Module:
-    """A dense block, and a transition to half its channels."""
+    """A dense block, and a transition (to half its channels, where the config does not say)."""
     block = _DenseBlock(c["layers"], c["in"], c["bn_size"], c["growth"], drop_rate=0.0)
     width = c["in"] + c["layers"] * c["growth"]
-    return _with_eps(nn.Sequential(block, _Transition(width, width // 2)), eps)
+    told = re.search(r"-> ?(\d+)", str(c.get("then", "")))
+    return _with_eps(nn.Sequential(block, _Transition(width, int(told[1]) if told else width // 2)), eps)
 
 
 def inverted_residual(c: Mapping[str, Any], eps: float) -> nn.Module:
@@ -83,17 +87,24 @@ def fire(c: Mapping[str, Any], eps: float) -> nn.Module:
 
 
 def alex_stack(c: Any, eps: float) -> nn.Module:
-    """Two convolutions of AlexNet's kind. c: sizes, or a sentence where the sizes are those of the published fixture."""
-    sizes = dict(c) if isinstance(c, Mapping) else {}
-    first, width = sizes.get("in", 8), sizes.get("out", 6)
-    return nn.Sequential(
-        nn.Conv2d(first, width, 5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(3, 2),
-        nn.Conv2d(width, width, 3, padding=1),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(sizes.get("pool", 2)),
-    )
+    """Layers of AlexNet's kind from a sentence: ``conv 5 pad 2 (8->6), relu, maxpool 3/2, adaptive average pool to 2x2``. Raises
+    ``UserError`` for a step that it does not know."""
+    layers: list[nn.Module] = []
+    for step in str(c).split(", "):
+        words = step.partition(" (as ")[0].partition(" (AlexNet")[0].strip()
+        if found := re.match(r"conv (\d+)(?: stride (\d+))?(?: pad (\d+))? \((\d+) ?-> ?(\d+)\)", words):
+            kernel, stride, padding, inside, out = (int(v) if v else None for v in found.groups())
+            layers.append(nn.Conv2d(inside or 1, out or 1, kernel or 1, stride or 1, padding or 0))
+        elif words == "relu":
+            layers.append(nn.ReLU())
+        elif found := re.match(r"maxpool (\d+)/(\d+)(?: pad (\d+))?", words):
+            layers.append(nn.MaxPool2d(int(found[1]), int(found[2]), int(found[3] or 0)))
+        elif found := re.match(r"adaptive average pool to (\d+)x(\d+)", words):
+            layers.append(nn.AdaptiveAvgPool2d((int(found[1]), int(found[2]))))
+            break  # what follows is prose
+        else:
+            raise UserError(f"no layer is described by {step!r}")
+    return nn.Sequential(*layers)
 
 
 def _with_eps(module: nn.Module, eps: float) -> nn.Module:

@@ -5,6 +5,7 @@ There are no checkpoints of the method's own: it takes a classifier as it is.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -161,10 +162,11 @@ def resnet_case(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tup
 def lime_case(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Numbers, None, Numbers]:
     presence, probabilities = tensors["in.presence"], tensors["in.probabilities"]
     segments, labels = tensors["in.segments"].long(), int(config.get("top_labels", 1))
-    fit = lime.fit(presence, probabilities, labels, kernel_width=float(config.get("kernel_width", 0.25)))
+    told = re.search(r"alpha ([\d.]+)", str(config.get("regressor", "")))
+    alpha, width = float(told[1]) if told else 1.0, float(config.get("kernel_width", 0.25))
+    fit = lime.fit(presence, probabilities, labels, kernel_width=width, alpha=alpha)
     first = fit.weights[0]
     out = {
-        "hidden_first4": 1 - visible_of(presence[:4], segments)[:, 0].float(),
         "top_labels": fit.labels,
         "weights": fit.weights,
         "intercept": fit.intercept,
@@ -172,8 +174,10 @@ def lime_case(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple
         "sample_weight": fit.sample_weight,
         "score_last": fit.score[0],
         "local_prediction_last": fit.prediction[0],
-        "top4_signed": lime.signed_top(first, segments, 4),
     }
+    for count in range(1, min(len(presence), 16) + 1):
+        out[f"hidden_first{count}"] = 1 - visible_of(presence[:count], segments)[:, 0].float()
+        out[f"top{count}_signed"] = lime.signed_top(first, segments, count)
     if "in.object" in tensors:
         out["coverage"] = lime.coverage(first, segments, tensors["in.object"])
     return out, None, {}

@@ -27,7 +27,7 @@ from unmask.systems.explanation.layer_masking.masked_map import (
     plain,
     wrap,
 )
-from unmask.systems.explanation.layer_masking.visible import MEAN_EPS, Sides, Visible, filled, majority, union
+from unmask.systems.explanation.layer_masking.visible import MEAN_EPS, Sides, filled
 
 Rule = Callable[..., Any]
 READ = frozenset(
@@ -215,6 +215,24 @@ def pad(func: Rule, x: MaskedMap, pad: Any, mode: str = "constant", value: float
     return wrap(plain(x), x.visible, x.state, x.rules, x.axes, (sides, float(value or 0.0)))
 
 
+def interpolate(
+    func: Rule,
+    x: MaskedMap,
+    size: Any = None,
+    scale_factor: Any = None,
+    mode: str = "nearest",
+    *args: Any,
+    **kwargs: Any,
+) -> MaskedMap:
+    """Every new place takes the value and the mask of the nearest one; smooth ways would mix hidden with visible."""
+    if x.axes != BCHW or mode not in ("nearest", "nearest-exact"):
+        raise no_rule("interpolate", f"mode {mode} mixes hidden and visible places")
+    visible = x.visible.changed(
+        ("interpolate", str((size, scale_factor, mode))), lambda m: F.interpolate(m, size, scale_factor, mode)
+    )
+    return wrap(F.interpolate(plain(x), size, scale_factor, mode), visible, x.state, x.rules)
+
+
 # --- norms, activations, linear layers ------------------------------------------------------------------------------
 
 
@@ -288,106 +306,11 @@ def _training() -> UserError:
     return UserError("layer masking is for inference, and the model is in training mode: call model.eval() first")
 
 
-# --- joining --------------------------------------------------------------------------------------------------------
-
-
-def combined(func: Rule, a: Any, b: Any, *args: Any, **kwargs: Any) -> MaskedMap:
-    """Sums and differences of branches: the intersection of both masks; with a plain tensor or a number: hidden again."""
-    x = a if isinstance(a, MaskedMap) else b
-    if isinstance(a, MaskedMap) and isinstance(b, MaskedMap):
-        visible = _joint(a, b)
-        return wrap(func(plain(a), plain(b), *args, **kwargs), visible, LAZY, x.rules, x.axes)
-    _fits(x, b if x is a else a)
-    out = func(_values(a), _values(b), *args, **kwargs)
-    return like(x, out, LAZY)
-
-
-def scaled(func: Rule, a: Any, b: Any, *args: Any, **kwargs: Any) -> MaskedMap:
-    """Products: with a plain tensor (squeeze-and-excitation, layer scale) the mask stays; of two maps it is the intersection."""
-    x = a if isinstance(a, MaskedMap) else b
-    if isinstance(a, MaskedMap) and isinstance(b, MaskedMap):
-        return wrap(func(plain(a), plain(b), *args, **kwargs), _joint(a, b), LAZY, x.rules, x.axes)
-    _fits(x, b if x is a else a)
-    return like(x, func(_values(a), _values(b), *args, **kwargs))
-
-
-def divided(func: Rule, a: Any, b: Any, *args: Any, **kwargs: Any) -> MaskedMap:
-    if isinstance(b, MaskedMap):
-        raise no_rule("div", "by a masked map")
-    return scaled(func, a, b, *args, **kwargs)
-
-
-def addcmul(func: Rule, a: Any, b: Any, c: Any, *, value: float = 1.0) -> MaskedMap:
-    return combined(torch.add, a, scaled(torch.mul, scaled(torch.mul, b, c), value))
-
-
-def _values(x: Any) -> Any:
-    return plain(x) if isinstance(x, MaskedMap) else x
-
-
-def _joint(a: MaskedMap, b: MaskedMap) -> Visible:
-    spatial = [(i, n) for i, n in enumerate(a.axes) if n in "hwn"]
-    if a.axes != b.axes or any(a.shape[i] != b.shape[i] for i, _ in spatial):
-        raise no_rule("sum", "of maps of other shapes")
-    return a.visible.both(b.visible)
-
-
-def _fits(x: MaskedMap, other: Any) -> None:
-    if isinstance(other, Tensor) and other.ndim > x.ndim:
-        raise no_rule("sum", "with a tensor of more dimensions")
-
-
-def cat(func: Rule, tensors: Any, dim: int = 0, **kwargs: Any) -> MaskedMap:
-    """Concatenated channels: visible in more than half of the maps (older: in any). A map keeps what stands outside its own
-    mask."""
-    first = next(t for t in tensors if isinstance(t, MaskedMap))
-    dim = kwargs.get("axis", dim) % first.ndim
-    if first.axes[dim] != "c":
-        raise no_rule("cat", "of tokens or images: a transformer drops hidden tokens (token_dropping)")
-    if any(isinstance(t, MaskedMap) and t.axes != first.axes for t in tensors):
-        raise no_rule("cat", "of maps of other layouts")
-    data = [as_it_is(t) if isinstance(t, MaskedMap) else t for t in tensors]
-    masks = [t.visible for t in tensors if isinstance(t, MaskedMap)]
-    visible = union(masks) if first.rules.variant == "older" else majority(masks)
-    same = all(m is visible for m in masks) and all(not isinstance(t, MaskedMap) or t.state != RAW for t in tensors)
-    return wrap(torch.cat(data, dim), visible, CLEAN if same else RAW, first.rules, first.axes)
-
-
-def stack(func: Rule, tensors: Any, dim: int = 0) -> MaskedMap:
-    """A new axis of channels."""
-    first = next(t for t in tensors if isinstance(t, MaskedMap))
-    dim = dim % (first.ndim + 1)
-    if dim == 0 or not all(isinstance(t, MaskedMap) and t.axes == first.axes for t in tensors):
-        raise no_rule("stack")
-    masks = [t.visible for t in tensors]
-    visible = union(masks) if first.rules.variant == "older" else majority(masks)
-    axes = (*first.axes[:dim], "c", *first.axes[dim:])
-    return wrap(torch.stack([as_it_is(t) for t in tensors], dim), visible, RAW, first.rules, axes)
-
-
-def interpolate(
-    func: Rule,
-    x: MaskedMap,
-    size: Any = None,
-    scale_factor: Any = None,
-    mode: str = "nearest",
-    *args: Any,
-    **kwargs: Any,
-) -> MaskedMap:
-    """Every new place takes the value and the mask of the nearest one; smooth ways would mix hidden with visible."""
-    if x.axes != BCHW or mode not in ("nearest", "nearest-exact"):
-        raise no_rule("interpolate", f"mode {mode} mixes hidden and visible places")
-    visible = x.visible.changed(
-        ("interpolate", str((size, scale_factor, mode))), lambda m: F.interpolate(m, size, scale_factor, mode)
-    )
-    return wrap(F.interpolate(plain(x), size, scale_factor, mode), visible, x.state, x.rules)
-
-
 # --- all of them ----------------------------------------------------------------------------------------------------
 
 
 def _table() -> dict[str, Rule]:
-    from unmask.systems.explanation.layer_masking import shapes
+    from unmask.systems.explanation.layer_masking import joining, shapes
 
     table: dict[str, Rule] = {
         "conv2d": conv2d,
@@ -400,11 +323,11 @@ def _table() -> dict[str, Rule]:
         "layer_norm": over_channels,
         "rms_norm": over_channels,
         "linear": linear,
-        "addcmul": addcmul,
-        "cat": cat,
-        "concat": cat,
-        "concatenate": cat,
-        "stack": stack,
+        "addcmul": joining.addcmul,
+        "cat": joining.cat,
+        "concat": joining.cat,
+        "concatenate": joining.cat,
+        "stack": joining.stack,
         "interpolate": interpolate,
         "mean": shapes.mean,
         "sum": shapes.total,
@@ -430,9 +353,9 @@ def _table() -> dict[str, Rule]:
         (shifting, "sigmoid hardsigmoid softplus logsigmoid exp clamp clip pow square"),
         (unmasked, "gelu"),
         (dropout, "dropout dropout2d feature_dropout alpha_dropout dropout1d dropout3d"),
-        (combined, "add sub radd rsub iadd isub subtract"),
-        (scaled, "mul rmul imul multiply"),
-        (divided, "div truediv itruediv divide true_divide"),
+        (joining.combined, "add sub radd rsub iadd isub subtract"),
+        (joining.scaled, "mul rmul imul multiply"),
+        (joining.divided, "div truediv itruediv divide true_divide"),
         (shapes.kept, "contiguous to float double half bfloat16 clone detach cpu cuda type_as requires_grad neg"),
         (shapes.parts, "chunk split split_with_sizes tensor_split"),
     ]

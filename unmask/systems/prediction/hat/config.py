@@ -32,7 +32,9 @@ class HATConfig(Config):
     """The network's defaults are the paper's HAT x4."""
 
     size: Literal["hat_s", "hat", "hat_l"] = Field("hat", description="a published size; single options win over it")
-    scale: int = Field(4, description="how many times larger each side becomes: 2, 3, 4, 8; 1 with upsampler=none")
+    scale: int = Field(
+        4, description="how many times larger each side becomes: 3 or a power of two; 1 with upsampler=none"
+    )
     upsampler: Literal["pixelshuffle", "none"] = Field(
         "pixelshuffle", description="pixelshuffle: super-resolution; none: same size (noise, JPEG artefacts)"
     )
@@ -51,6 +53,7 @@ class HATConfig(Config):
     overlap_ratio: float = Field(0.5, ge=0, description="how much wider windows of keys are (rho)")
     mlp_ratio: float = Field(2.0, gt=0, description="hidden width of the perceptrons over D")
     qkv_bias: bool = Field(True, description="a bias on queries, keys and values")
+    qk_scale: float | None = Field(None, description="factor on queries x keys; open: 1 / sqrt(head width)")
     patch_norm: bool = Field(True, description="a LayerNorm before the first group")
     ape: bool = Field(False, description="learned absolute positions; the input's size is then fixed")
     drop_path_rate: float = Field(0.1, ge=0, lt=1, description="stochastic depth, rising from 0 to this")
@@ -84,9 +87,11 @@ class HATConfig(Config):
     def _fits_together(self) -> HATConfig:
         if self.upsampler == "none" and self.scale != 1:
             raise ValueError(f"scale={self.scale} does not fit upsampler=none, which keeps the size: use scale=1")
-        if self.upsampler == "pixelshuffle" and self.scale not in (2, 3, 4, 8):
-            hint = ": use upsampler=none" if self.scale == 1 else ""
-            raise ValueError(f"scale={self.scale} must be 2, 3, 4 or 8{hint}")
+        # the published head without a shuffle exists, too, but who asks for scale=1 alone hardly means it
+        if self.scale == 1 and "upsampler" not in self.model_fields_set:
+            raise ValueError("scale=1 must be 2, 3, 4 or 8: use upsampler=none")
+        if self.scale != 3 and (self.scale < 1 or self.scale & (self.scale - 1)):
+            raise ValueError(f"scale={self.scale} must be 2, 3, 4 or 8 (or a larger power of two)")
         if self.embed_dim % min(self.heads, default=1) or any(h < 1 or self.embed_dim % h for h in self.heads):
             raise ValueError(f"num_heads={self.num_heads} does not divide embed_dim={self.embed_dim}")
         if len(self.heads) != len(self.depths):

@@ -52,7 +52,8 @@ class SpectralConv(nn.Module):
 
 
 class UNetDiscriminator(nn.Module):
-    """``[B, C, H, W]`` -> a logit a pixel, ``[B, 1, H, W]``: whether this place looks like a real image. H, W: multiples of 8."""
+    """``[B, C, H, W]`` -> a logit a pixel, ``[B, 1, H, W]``: whether this place looks like a real image. H, W: multiples of 8
+    (without skips any from 8, of which what 8 does not divide is lost)."""
 
     def __init__(self, channels: int = 3, num_feat: int = 64, skip_connection: bool = True):
         super().__init__()
@@ -65,7 +66,7 @@ class UNetDiscriminator(nn.Module):
 
     def forward(self, image: Tensor, frozen: bool = False) -> Tensor:
         """frozen: no parameter takes a gradient, the image does (the generator's step)."""
-        if image.shape[2] % 8 or image.shape[3] % 8:
+        if min(image.shape[2:]) < 8 or (self.skip_connection and any(side % 8 for side in image.shape[2:])):
             raise UserError(
                 f"hat: the discriminator takes sides that 8 divides, not {image.shape[2]}x{image.shape[3]}: "
                 "choose another data.image_size"

@@ -56,12 +56,13 @@ class ChannelAttention(nn.Module):
 class BiasTable(nn.Module):
     """An attention with a learned table of biases; in evaluation the gathered biases are kept until the table changes."""
 
-    def __init__(self, dim: int, num_heads: int, window: int, rows: int, qkv_bias: bool):
+    def __init__(self, config: HATConfig, heads: int, rows: int):
         super().__init__()
-        self.num_heads, self.window, self.scale = num_heads, window, (dim // num_heads) ** -0.5
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads))
+        dim = config.embed_dim
+        self.num_heads, self.window, self.scale = heads, config.window_size, config.qk_scale or (dim // heads) ** -0.5
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=qkv_bias), nn.Linear(dim, dim)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=config.qkv_bias), nn.Linear(dim, dim)
         self._kept: tuple[tuple[object, ...], Tensor] | None = None
 
     def index(self, device: torch.device) -> Tensor:
@@ -87,8 +88,8 @@ class BiasTable(nn.Module):
 class ShiftedWindowAttention(BiasTable):
     """(S)W-MSA as in Swin, with windows that are never clamped to the map."""
 
-    def __init__(self, dim: int, num_heads: int, window: int, shift: int, qkv_bias: bool):
-        super().__init__(dim, num_heads, window, (2 * window - 1) ** 2, qkv_bias)
+    def __init__(self, config: HATConfig, heads: int, shift: int):
+        super().__init__(config, heads, (2 * config.window_size - 1) ** 2)
         self.shift = shift
 
     def index(self, device: torch.device) -> Tensor:
@@ -107,9 +108,11 @@ class ShiftedWindowAttention(BiasTable):
 class OverlappingAttention(BiasTable):
     """The attention of an OCAB: queries of plain windows, keys and values of larger ones around the same centres."""
 
-    def __init__(self, dim: int, num_heads: int, window: int, overlap_ratio: float, qkv_bias: bool):
-        self.larger = window + int(window * overlap_ratio)
-        super().__init__(dim, num_heads, window, (window + self.larger - 1) ** 2, qkv_bias)
+    def __init__(self, config: HATConfig, heads: int):
+        window = config.window_size
+        larger = window + int(window * config.overlap_ratio)
+        super().__init__(config, heads, (window + larger - 1) ** 2)
+        self.larger = larger
 
     def index(self, device: torch.device) -> Tensor:
         return overlapping_index((self.window,) * 2, (self.larger,) * 2, str(device))
@@ -128,7 +131,7 @@ class HybridBlock(nn.Module):
         dim = config.embed_dim
         self.drop_path_rate = rate
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = ShiftedWindowAttention(dim, heads, config.window_size, shift, config.qkv_bias)
+        self.attn = ShiftedWindowAttention(config, heads, shift)
         self.channels = (
             ChannelAttention(dim, config.compress_ratio, config.squeeze_factor, config.conv_scale)
             if config.channel_attention
@@ -154,7 +157,7 @@ class OverlappingBlock(nn.Module):
         super().__init__()
         dim = config.embed_dim
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = OverlappingAttention(dim, heads, config.window_size, config.overlap_ratio, config.qkv_bias)
+        self.attn = OverlappingAttention(config, heads)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * config.mlp_ratio))
 

@@ -1,7 +1,8 @@
 """The authors' checkpoints and their numbers: how their state dict becomes ours, and how a fixture is run.
 
 Files hold ``params_ema`` and sometimes ``params``; all sizes are read off the tensors. What they do not tell (``conv_scale``,
-``img_range``, whether a training size of one window switched shifts off) has the published values unless given as options.
+``img_range``, ``qk_scale``, whether a training size of one window switched shifts off) has the published values unless given
+as options.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from unmask.systems.prediction.hat.model import HAT
 from unmask.systems.prediction.metrics import psnr, ssim
 
 PREFER = ("params_ema", "params")  # where a file keeps its weights, averaged ones first
-OPTIONS = ("conv_scale", "img_range", "image_size", "drop_path_rate", "residual")
+OPTIONS = ("conv_scale", "img_range", "image_size", "drop_path_rate", "qk_scale", "residual")
 
 RULES = [
     Rule(r"relative_position_index_(SA|OCA)$", None),  # computed
@@ -94,10 +95,10 @@ def read_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "depths": depths,
         "num_heads": tuple(state[table.format(g)].shape[1] for g in range(groups)),
         "window_size": window,
-        "overlap_ratio": (wide - window) / window,
+        "overlap_ratio": ratio_of(wide - window, window),
         "channel_attention": convs,
         "overlapping_attention": overlapping,
-        "mlp_ratio": state[f"{first}.mlp.fc1.weight"].shape[0] / dim,
+        "mlp_ratio": ratio_of(state[f"{first}.mlp.fc1.weight"].shape[0], dim),
         "qkv_bias": f"{first}.attn.qkv.bias" in state,
         "patch_norm": "patch_embed.norm.weight" in state,
         "ape": "absolute_pos_embed" in state,
@@ -113,6 +114,12 @@ def read_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     return sizes
 
 
+def ratio_of(part: int, whole: int) -> float:
+    """The share whose product with ``whole``, cut to an integer, is ``part`` again: a quotient may fall just short of it."""
+    ratio = part / whole
+    return ratio if int(whole * ratio) == part else (part + 0.5) / whole
+
+
 def upsampling(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Scale and reconstruction."""
     if "conv_before_upsample.0.weight" not in state:
@@ -120,24 +127,24 @@ def upsampling(state: Mapping[str, Tensor]) -> dict[str, Any]:
     width = state["conv_before_upsample.0.weight"].shape[0]
     convs = [k for k in state if k.startswith("upsample.") and k.endswith(".weight")]
     if not convs:
-        return {"upsampler": "pixelshuffle", "scale": 1, "reconstruction_dim": width}  # the config says what fits
+        return {"upsampler": "pixelshuffle", "scale": 1, "reconstruction_dim": width}
     three = state[convs[0]].shape[0] == 9 * width
-    return {"scale": 3 if three else 2 ** len(convs), "reconstruction_dim": width}
+    return {"upsampler": "pixelshuffle", "scale": 3 if three else 2 ** len(convs), "reconstruction_dim": width}
 
 
 def config_of(values: Mapping[str, Any]) -> HATConfig:
     """Our config from the authors' option names."""
     get = values.get
     upsampler = get("upsampler", "pixelshuffle")
-    size = get("img_size", 64)
-    heads = get("num_heads", (6,) * 6)
+    size, patch = pair(get("img_size", 64)), pair(get("patch_size", 1))
+    heads = get("num_heads", (6,) * 4)
     return HATConfig(
         scale=get("upscale", 2) if upsampler == "pixelshuffle" else 1,
         upsampler="pixelshuffle" if upsampler == "pixelshuffle" else "none",
         in_channels=get("in_chans", 3),
-        image_size=tuple(size) if isinstance(size, (list, tuple)) else size,
+        image_size=(size[0] // patch[0], size[1] // patch[1]),  # all that theirs divides by a patch
         embed_dim=get("embed_dim", 96),
-        depths=tuple(get("depths", (6,) * 6)),
+        depths=tuple(get("depths", (6,) * 4)),
         num_heads=tuple(heads) if isinstance(heads, (list, tuple)) else heads,
         window_size=get("window_size", 7),
         compress_ratio=get("compress_ratio", 3),
@@ -146,6 +153,7 @@ def config_of(values: Mapping[str, Any]) -> HATConfig:
         overlap_ratio=get("overlap_ratio", 0.5),
         mlp_ratio=get("mlp_ratio", 4.0),
         qkv_bias=get("qkv_bias", True),
+        qk_scale=get("qk_scale"),
         patch_norm=get("patch_norm", True),
         ape=get("ape", False),
         drop_path_rate=get("drop_path_rate", 0.1),
@@ -153,6 +161,11 @@ def config_of(values: Mapping[str, Any]) -> HATConfig:
         img_range=get("img_range", 1.0),
         reconstruction_dim=get("num_feat", 64),
     )
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """(height, width) of a side or of both."""
+    return (value[0], value[1]) if isinstance(value, (list, tuple)) else (value, value)
 
 
 # --- fixtures ---------------------------------------------------------------------------------------------------
@@ -175,11 +188,12 @@ def network_case(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Ca
     load_strict(model.network, rename(without_prefix(tensors, "param."), RULES), where="hat case")
     low = tensors["in.low"]
     outputs: dict[str, Tensor] = {}
-    if "tile_size" in config:
+    if "tile_size" in config or any(side % ours.window_size for side in low.shape[2:]):
         model.eval()
         with torch.no_grad():
             outputs["whole"] = model.restored(low)
-            outputs["tiled"] = model.restored(low, tile=config["tile_size"], overlap=config.get("tile_pad", 32))
+            if config.get("tile_size"):
+                outputs["tiled"] = model.restored(low, tile=config["tile_size"], overlap=config.get("tile_pad", 32))
         return outputs, model, {}
     network, window = model.network, (ours.window_size,) * 2
     network.train(bool(ours.drop_path_rate) and any(k.startswith("draw.") for k in tensors))
@@ -199,9 +213,8 @@ def network_case(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Ca
         # theirs counts below zero, ours from the table's end
         "index_oca": torch.where(index >= base**2 + lowest, index - base**2, index),
     }
-    mask = cut(low.shape[2:], window, (ours.window_size // 2,) * 2).mask
-    if mask is not None:
-        outputs["attn_mask"] = mask
+    windows = cut(low.shape[2:], window, (ours.window_size // 2,) * 2)
+    outputs["attn_mask"] = torch.zeros(windows.count, slots, slots) if windows.mask is None else windows.mask
     if "in.high" not in tensors:
         return outputs, model, {}
     loss = model.pixel_loss(restored, tensors["in.high"])
@@ -215,7 +228,7 @@ def discriminator_case(config: Mapping[str, Any], tensors: Mapping[str, Tensor])
         config.get("num_in_ch", 3), config.get("num_feat", 64), config.get("skip_connection", True)
     )
     load_strict(model, {**without_prefix(tensors, "param."), **without_prefix(tensors, "buffer.")}, where="hat case")
-    model.eval()
+    model.train(bool(config.get("training", False)))
     scores = model(image)
     fake = adversarial_loss(scores, real=False)
     fake.backward()
@@ -229,10 +242,14 @@ def resizing_case(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> C
     outputs = {f"low_x{s}": resize_bicubic(high, 1 / s) for s in config["scales"]}
     for s in config["scales"]:
         outputs[f"up_x{s}"] = resize_bicubic(outputs[f"low_x{s}"], s)
-    first = outputs[f"up_x{config['scales'][0]}"]
+    first = outputs[f"up_x{2 if 2 in config['scales'] else config['scales'][0]}"]
+    height, width = (
+        min(a, b) for a, b in zip(first.shape[2:], high.shape[2:], strict=True)
+    )  # odd sides come back larger
+    first, true = first[..., :height, :width], high[..., :height, :width]
     for name, function in (("psnr", psnr), ("ssim", ssim)):
-        outputs[f"{name}_y"] = function(first, high, border=border, luma=True)
-        outputs[f"{name}_rgb"] = function(first, high, border=0, luma=False)
+        outputs[f"{name}_y"] = function(first, true, border=border, luma=True)
+        outputs[f"{name}_rgb"] = function(first, true, border=0, luma=False)
     return {k: v[0] for k, v in outputs.items()}, None, {}
 
 

@@ -68,11 +68,12 @@ def restored(
     config, window = model.config, model.config.window_size
     height, width = low.shape[2:]
     if config.ape:
-        side = config.training_size
-        if side[0] != side[1]:
+        side, padded = config.training_size, padded_to(low, window)
+        fits = tuple(padded.shape[2:]) == side
+        if side[0] != side[1] and not fits:
             raise UserError(f"hat: with ape the input must have {side[0]}x{side[1]} pixels")
-        tile, overlap = (None, 0) if (height, width) == side else (side[0], 0)
-        padded = padded_to(low, side[0])
+        padded = padded if fits else padded_to(low, side[0])
+        tile, overlap = (None if fits else side[0]), 0
     else:
         padded = padded_to(low, window)
     if tile is not None:

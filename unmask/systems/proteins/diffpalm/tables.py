@@ -179,11 +179,14 @@ def partners(left: Alignment, right: Alignment, truth: str) -> dict[int, int] | 
     return None
 
 
+_A_CSV = "a CSV of pairs (columns left and right: headers)"
+
+
 def named_pairs(path: str, left: Alignment, right: Alignment, what: str) -> dict[int, int]:
     """Rows of pairs that a CSV names by header in its columns left and right. Raises ``UserError``."""
     if not path:
         return {}
-    table = list(csv.DictReader(io.StringIO(read_text(Path(path)))))
+    table = list(csv.DictReader(io.StringIO(read_text(Path(path), _A_CSV))))
     if not table or not {"left", "right"} <= set(table[0]):
         raise UserError(f"{path}: {what} pairs are a CSV with the columns left and right, headers of the two files")
     ours, theirs = _by_header(left), _by_header(right)

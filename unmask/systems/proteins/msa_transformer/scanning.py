@@ -41,7 +41,13 @@ def wanted(mutations: str, column: str) -> tuple[list[list[str]], list[str]]:
         return [], []
     if not Path(mutations).suffix and not Path(mutations).is_file():
         return [[word] for word in mutations.replace(";", ",").split(",") if word.strip()], []
-    table = [row for row in csv.reader(io.StringIO(read_text(Path(mutations)))) if row]
+    table = [
+        row
+        for row in csv.reader(
+            io.StringIO(read_text(Path(mutations), "names such as A24G,K31E or a CSV with a column mutant"))
+        )
+        if row
+    ]
     if not table:
         raise UserError(f"{mutations} is empty: it takes a CSV with a column {column}")
     header, rows = table[0], table[1:]
